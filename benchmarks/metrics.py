@@ -1,0 +1,91 @@
+"""HD95 + ASSD of seven classes: evaluate_case against MONAI and medpy, interleaved medians.
+
+    python benchmarks/metrics.py            # about a minute
+    python benchmarks/metrics.py --rounds 9
+"""
+import argparse
+import time
+import warnings
+
+import numpy as np
+
+from medseg_nb.evaluation.metrics import evaluate_case
+
+CASES = {"2D 224 x 224": ((224, 224), (0.8, 1.3)), "3D 128 x 128 x 64": ((128, 128, 64), (0.8, 1.3, 5.0))}
+CLASSES = {c: f"organ {c}" for c in range(8)}
+
+
+def organs(shape, n=7, seed=0):
+    "n ellipsoids in a ring, and a copy of each that is shifted and rescaled: (prediction, truth)."
+    rng, size = np.random.default_rng(seed), np.array(shape)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    pred, truth = np.zeros((2, *shape), np.uint8)
+    for c in range(1, n+1):
+        centre = size*(0.5 + 0.33*np.array([np.cos(0.9*c), np.sin(0.9*c), 0][:len(shape)]))
+        radius = size*rng.uniform(0.10, 0.14, len(shape))
+        truth[(((grid-centre)/radius)**2).sum(-1) < 1] = c
+        centre, radius = centre + rng.normal(0, 2, len(shape)), radius*rng.uniform(0.85, 1.15)
+        pred[(((grid-centre)/radius)**2).sum(-1) < 1] = c
+    return pred, truth
+
+
+def one_hot(labels, n=7):
+    "(X,Y[,Z]) labels -> (1,n+1,X,Y[,Z]) one-hot float tensor, as MONAI wants them."
+    import torch
+    return torch.from_numpy(np.stack([labels == c for c in range(n+1)])[None].astype(np.float32))
+
+
+def by_monai(pred, truth, spacing):
+    "HD95 and ASSD of the foreground classes from one-hot tensors: (n,2)."
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hd = compute_hausdorff_distance(pred, truth, percentile=95, directed=False, spacing=spacing)
+        asd = compute_average_surface_distance(pred, truth, symmetric=True, spacing=spacing)
+    return np.stack([hd[0].numpy(), asd[0].numpy()], axis=1)
+
+
+def by_medpy(pred, truth, spacing, n=7):
+    "HD95 and ASSD of classes 1 to n: (n,2)."
+    from medpy.metric.binary import assd, hd95
+    return np.array([[f(pred == c, truth == c, voxelspacing=spacing) for f in (hd95, assd)] for c in range(1, n+1)])
+
+
+def distances(pred, truth, spacing, convention="medpy"):
+    "HD95 and ASSD by evaluate_case (which computes the other five metrics too): (n,2)."
+    return evaluate_case(pred, truth, spacing, CLASSES, convention)[["HD95", "ASSD"]].to_numpy()
+
+
+def compare(shape, spacing, rounds):
+    "Median milliseconds per library, timed in turn, and the largest difference to medpy and MONAI."
+    pred, truth = organs(shape)
+    hot = one_hot(pred), one_hot(truth)
+    runs = {"evaluate_case": lambda: distances(pred, truth, spacing),
+            "MONAI": lambda: by_monai(*hot, spacing),
+            "medpy": lambda: by_medpy(pred, truth, spacing)}
+    first = {name: run() for name, run in runs.items()}
+    error = {"medpy": np.abs(first["evaluate_case"] - first["medpy"]).max(),
+             "MONAI": np.abs(distances(pred, truth, spacing, "monai") - first["MONAI"]).max()}
+    spent = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            spent[name].append(1e3*(time.perf_counter() - start))
+    return {name: float(np.median(ms)) for name, ms in spent.items()}, error
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    print(f"{'':18} {'library':14} {'ms':>8} {'ratio':>6}  largest difference (mm)")
+    for name, (shape, spacing) in CASES.items():
+        ms, error = compare(shape, spacing, rounds)
+        for library, value in ms.items():
+            difference = f"{error[library]:.1e}" if library in error else ""
+            print(f"{name:18} {library:14} {value:8.1f} {value/ms['evaluate_case']:6.1f}  {difference}")
+
+
+if __name__ == "__main__":
+    main()
