@@ -1,0 +1,38 @@
+# make demo   set up, make phantoms, train, predict, and write a report
+# make test   set up and pass every test
+# make lab    open the course in JupyterLab
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lab setup notebooks drift lint readme bench clean
+
+setup: $(READY)
+
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12" && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m medseg_nb.demo
+
+test: $(READY)
+	$(BIN)/python tests/check_drift.py
+	$(BIN)/ruff check .
+	$(BIN)/python tests/run_notebooks.py
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=nbs index.ipynb
+
+readme: $(READY)
+	$(BIN)/python tests/check_drift.py --write
+
+bench: $(READY)
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
