@@ -18,7 +18,8 @@ def _as_tokens(logits, y, check_labels):
                          expected="floating (B, Z, *S) with Z >= 2", fix="the background counts as a class")
     if y.shape != (logits.shape[0], *logits.shape[2:]) or y.is_floating_point() or not y.numel():
         raise ShapeError("labels do not fit the logits", found=f"{tuple(y.shape)} {y.dtype}",
-                         expected=f"integer {(logits.shape[0], *logits.shape[2:])}, not empty", fix="labels hold class numbers, not one-hot maps")
+                         expected=f"integer {(logits.shape[0], *logits.shape[2:])}, not empty",
+                         fix="labels hold class numbers, not one-hot maps")
     if check_labels: check_label_range(y, logits.shape[1])
     return logits.float().flatten(2), y.long().flatten(1)
 
@@ -32,12 +33,26 @@ def check_label_range(
         raise LabelError("label outside the model's classes", found=f"{low} to {high}", expected=f"0 to {classes-1}",
                          fix="build the model with one class per label, or relabel")
 
+class _SumOverProcesses(torch.autograd.Function):
+    "Sum a tensor over all processes of a distributed run; itself where there is one process."
+    @staticmethod
+    def forward(ctx, x): return _all_reduce(x)
+    @staticmethod
+    def backward(ctx, gradient): return _all_reduce(gradient)  # x reaches the loss of every process
+
+def _all_reduce(x):
+    "A copy of `x` summed over processes."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return x.clone()
+    x = x.contiguous().clone(); torch.distributed.all_reduce(x)
+    return x
+
 def _dice_loss(p, p_true, y, background, batch_dice, smooth):
     "1 - soft Dice, mean over images and classes, from p (B,Z,N), its value at the true class (B,N), and y (B,N)."
-    overlap = torch.zeros_like(p[..., 0]).scatter_add(1, y, p_true)                              # (B,Z) sum of p where y is the class
-    truth = torch.zeros_like(p[..., 0]).scatter_add(1, y, p_true.new_ones(1).expand_as(p_true))  # (B,Z) voxels of the class
-    size = p.sum(2) + truth                                                                      # (B,Z)
-    if batch_dice: overlap, size = overlap.sum(0), size.sum(0)                                   # (Z,)
+    bins = torch.zeros_like(p[..., 0])                                    # (B,Z)
+    overlap = bins.scatter_add(1, y, p_true)                              # (B,Z) sum of p where y is the class
+    truth = bins.scatter_add(1, y, p_true.new_ones(1).expand_as(p_true))  # (B,Z) voxels of the class
+    size = p.sum(2) + truth                                               # (B,Z)
+    if batch_dice: overlap, size = _SumOverProcesses.apply(torch.stack([overlap, size]).sum(1))  # (Z,), (Z,)
     dice = (2*overlap + smooth) / (size + smooth)
     return 1 - dice[..., 0 if background else 1:].mean()
 
@@ -45,15 +60,18 @@ class _SegmentationLoss(nn.Module):
     "What BCEDice and CEDice share: the choices, and the sum of the parts."
     def __init__(self, background_in_dice, smooth, batch_dice, check_labels):
         super().__init__()
-        if smooth <= 0: raise ShapeError("smooth does not fit", found=smooth, expected="> 0", fix="0 makes an empty class 0/0")
-        self.background_in_dice, self.smooth, self.batch_dice, self.check_labels = background_in_dice, smooth, batch_dice, check_labels
+        if smooth <= 0:
+            raise ShapeError("smooth does not fit", found=smooth, expected="> 0", fix="0 makes an empty class 0/0")
+        self.background_in_dice, self.smooth = background_in_dice, smooth
+        self.batch_dice, self.check_labels = batch_dice, check_labels
     def forward(self,
         logits:Tensor,  # (B,Z,*S), any floating type
         y:Tensor,       # (B,*S) integer class ids, 0 the background
     ) -> Tensor:        # ()
         "The sum of the parts; raises `ShapeError`, `LabelError`."
         return sum(self.parts(logits, y).values())
-    def _dice(self, p, p_true, y): return _dice_loss(p, p_true, y, self.background_in_dice, self.batch_dice, self.smooth)
+    def _dice(self, p, p_true, y):
+        return _dice_loss(p, p_true, y, self.background_in_dice, self.batch_dice, self.smooth)
 
 class BCEDice(_SegmentationLoss):
     "One-against-the-rest binary cross entropy plus one minus soft Dice: eq. 1, SynergyNet."
