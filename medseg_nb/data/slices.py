@@ -4,7 +4,7 @@
 __all__ = ['Preparation', 'slice_axis', 'slices_last', 'prepared_frame', 'opened', 'prepare_image', 'restore', 'on_frame',
            'restore_probabilities', 'PreparedCase', 'cache_folder', 'fingerprint', 'sample_foreground',
            'write_prepared', 'read_prepared', 'prepare_cases', 'overlap', 'fit', 'SliceDataset', 'PatchDataset',
-           'Augment', 'EpochSampler', 'make_loader']
+           'Augment', 'span_of', 'spread', 'mirror', 'EpochSampler', 'make_loader']
 
 # %% ../../nbs/data/03_slices.ipynb #c002
 import hashlib
@@ -40,11 +40,14 @@ class Preparation:
             value = getattr(self, name)
             if value is None: continue
             object.__setattr__(self, name, tuple(value))     # a list read from JSON becomes a tuple
-            if len(value) != 3 or min(value) <= 0: raise ShapeError(f"{name} is not usable", found=value, expected="three numbers above 0")
+            if len(value) != 3 or min(value) <= 0:
+                raise ShapeError(f"{name} cannot be used", found=value, expected="three numbers above 0")
         if self.intensity not in INTENSITY_RULES:
-            raise MedsegError("no such intensity rule", found=repr(self.intensity), expected=f"one of {', '.join(INTENSITY_RULES)}")
+            raise MedsegError("no such intensity rule", found=repr(self.intensity),
+                              expected=f"one of {', '.join(INTENSITY_RULES)}")
         if self.dims not in (2, 3) or self.neighbours < 0 or (self.inplane is not None and self.inplane < 1):
-            raise ShapeError("the preparation is not usable", found=self, expected="dims 2 or 3, neighbours >= 0, inplane >= 1")
+            raise ShapeError("the preparation cannot be used", found=self,
+                             expected="dims 2 or 3, neighbours >= 0, inplane >= 1")
 
     def to_dict(self) -> dict:
         "As plain values, for JSON."
@@ -55,8 +58,9 @@ class Preparation:
         values:dict,  # what `to_dict` gave
     ) -> "Preparation":
         "The preparation that `to_dict` described; raises `MedsegError` for unknown entries."
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown: raise MedsegError("not a preparation", found=f"unknown entries {sorted(unknown)}", expected=f"some of {sorted(cls.__dataclass_fields__)}")
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown: raise MedsegError("not a preparation", found=f"unknown entries {unknown}",
+                                      expected=f"some of {sorted(cls.__dataclass_fields__)}")
         return cls(**values)
 
 # %% ../../nbs/data/03_slices.ipynb #c004
@@ -95,12 +99,13 @@ def prepare_image(
     images:list,              # one nibabel image or path a channel, all on one grid
     preparation:Preparation,
 ) -> np.ndarray:              # (C,X,Y,Z) float32
-    "One case as the network sees it: canonical, slices along the last axis, resampled, each channel normalised by itself."
+    "One case as the network sees it: canonical, slices along the last axis, resampled, each channel normalised."
     loaded = [opened(image) for image in images]
     for path, image in zip(images, loaded, strict=True):
         if not same_grid(image, loaded[0]):
-            raise GeometryError("the channels of a case are on different grids", file=path if isinstance(path, (str, Path)) else None,
-                                found=image.shape, expected=f"the grid of the first channel, {loaded[0].shape}")
+            raise GeometryError("the channels of a case are on different grids", found=image.shape,
+                                file=path if isinstance(path, (str, Path)) else None,
+                                expected=f"the grid of the first channel, {loaded[0].shape}")
     framed = [np.asarray(prepared_frame(image, preparation).dataobj, dtype=np.float32) for image in loaded]
     return np.stack([normalize(x, preparation.intensity) for x in framed]).astype(np.float32, copy=False)
 
@@ -111,11 +116,13 @@ def restore(
 ) -> nib.Nifti1Image:
     "Labels back on the exact grid of the original image, nearest neighbour."
     reference = opened(reference)
-    return back_to_grid(on_frame(labels, reference, preparation), reference, order=0)
+    return back_to_grid(on_frame(labels, prepared_frame(reference, preparation)), reference, order=0)
 
-def on_frame(values, reference, preparation) -> nib.Nifti1Image:
+def on_frame(
+    values:np.ndarray,      # (X,Y,Z)
+    frame:nib.Nifti1Image,  # what `prepared_frame` gave
+) -> nib.Nifti1Image:
     "An array of the prepared frame as an image with that frame's affine; raises `ShapeError` where the shapes differ."
-    frame = prepared_frame(reference, preparation)
     if tuple(values.shape) != frame.shape:
         raise ShapeError("the array is not in the prepared frame", found=tuple(values.shape), expected=frame.shape)
     return nib.Nifti1Image(values, frame.affine)
@@ -125,12 +132,13 @@ def restore_probabilities(
     reference,                    # image or path on whose grid the labels are wanted
     preparation:Preparation,
 ) -> nib.Nifti1Image:             # uint8 labels
-    "The likeliest class of each original voxel, after each class was interpolated linearly (one at a time, to save memory)."
+    "The likeliest class of each original voxel, each class interpolated linearly (one at a time, to save memory)."
     reference = opened(reference)
     best = np.full(reference.shape, -np.inf, np.float32)
     label = np.zeros(reference.shape, np.uint8)
+    frame = prepared_frame(reference, preparation)
     for c, p in enumerate(probabilities):
-        p = np.asarray(back_to_grid(on_frame(np.asarray(p, np.float32), reference, preparation), reference, order=1).dataobj)
+        p = np.asarray(back_to_grid(on_frame(np.asarray(p, np.float32), frame), reference, order=1).dataobj)
         better = p > best
         label[better], best[better] = c, p[better]
     return nib.Nifti1Image(label, reference.affine)
@@ -168,7 +176,8 @@ def fingerprint(
     "A short name that changes when a file of the case (path, size, time of change) or its preparation does."
     files = [*case.images, *([case.label] if labels else [])]
     try: stamps = [(str(Path(f).resolve()), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    except OSError as error: raise DatasetError("a file of the case cannot be read", file=error.filename, fix="check the collection") from error
+    except OSError as error:
+        raise DatasetError("a file of the case cannot be read", file=error.filename, fix="check the collection") from error
     rule = (preparation.intensity, preparation.spacing, preparation.inplane, sorted(map(int, classes)), "layout 1")
     return hashlib.sha256(repr((stamps, rule)).encode()).hexdigest()[:16]
 
@@ -197,12 +206,13 @@ def write_prepared(
     frame = prepared_frame(opened(case.images[0]), preparation)
     if classes is not None:
         y = prepared_frame(load_label(case.label, classes), preparation, order=0)
-        if not same_grid(y, frame): raise GeometryError("image and label are on different grids", file=case.label, found=y.shape, expected=frame.shape)
+        if not same_grid(y, frame):
+            raise GeometryError("image and label are on different grids", file=case.label, found=y.shape, expected=frame.shape)
         arrays["label"] = np.ascontiguousarray(np.asarray(y.dataobj).transpose(2, 0, 1), dtype=np.uint8)
         arrays["foreground"] = sample_foreground(arrays["label"])
     for name, array in arrays.items():
         with write_atomically(f"{stem}.{name}.npy") as temporary: np.save(temporary, array)
-    facts = {"spacing": [float(s) for s in spacing_of(frame)], "shape": list(x.shape), "low": [float(c.min()) for c in x],
+    facts = {"spacing": spacing_of(frame).tolist(), "shape": list(x.shape), "low": [float(c.min()) for c in x],
              "bytes": {name: os.path.getsize(f"{stem}.{name}.npy") for name in arrays}}
     with write_atomically(f"{stem}.json") as temporary: temporary.write_text(json.dumps(facts))
 
@@ -216,7 +226,8 @@ def read_prepared(
         files = {name: Path(f"{stem}.{name}.npy") for name in facts["bytes"]}
         if any(os.path.getsize(f) != facts["bytes"][name] for name, f in files.items()): return None
     except (OSError, ValueError, KeyError): return None
-    return PreparedCase(case_id, files["image"], files.get("label"), files.get("foreground"), tuple(facts["spacing"]), tuple(facts["shape"]), tuple(facts["low"]))
+    return PreparedCase(case_id, files["image"], files.get("label"), files.get("foreground"),
+                        tuple(facts["spacing"]), tuple(facts["shape"]), tuple(facts["low"]))
 
 def prepare_cases(
     collection,               # Collection
@@ -231,12 +242,15 @@ def prepare_cases(
     folder = Path(cache or cache_folder())/collection.name
     ready = []
     for case in progress(cases, "preparing"):
-        if labels and case.label is None: raise DatasetError("the case has no label", file=case.images[0], fix="pass labels=False, or leave it out")
+        if labels and case.label is None:
+            raise DatasetError("the case has no label", file=case.images[0], fix="pass labels=False, or leave it out")
         stem = folder/f"{case.id}-{fingerprint(case, preparation, collection.classes, labels)}"
-        if read_prepared(case.id, stem) is None: write_prepared(case, preparation, stem, collection.classes if labels else None)
+        if read_prepared(case.id, stem) is None:
+            write_prepared(case, preparation, stem, collection.classes if labels else None)
         ready.append(read_prepared(case.id, stem))
-    channels = {c.shape[0] for c in ready}
-    if len(channels) > 1: raise ShapeError("the cases differ in their number of channels", file=collection.path, found=sorted(channels), expected="one number")
+    channels = sorted({c.shape[0] for c in ready})
+    if len(channels) > 1:
+        raise ShapeError("the cases differ in their channels", file=collection.path, found=channels, expected="one number")
     return ready
 
 # %% ../../nbs/data/03_slices.ipynb #c006
@@ -263,7 +277,7 @@ def fit(
     return out
 
 class SliceDataset(Dataset):
-    "All slices of some cases: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), k neighbours on either side."
+    "All slices of some cases: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), k neighbours a side."
     def __init__(self,
         collection,                             # Collection
         cases=None,                             # list of Case; None takes all
@@ -312,7 +326,7 @@ class SliceDataset(Dataset):
 
 # %% ../../nbs/data/03_slices.ipynb #c007
 class PatchDataset(Dataset):
-    "Random 3D windows: item -> (image (C,*patch) float32, label (*patch) int64), where they lie depends only on (seed, epoch, item)."
+    "Random 3D windows: item -> (image (C,*patch) float32, label (*patch) int64), placed by (seed, epoch, item) alone."
     def __init__(self,
         collection,                             # Collection
         cases=None,                             # list of Case; None takes all
@@ -340,20 +354,21 @@ class PatchDataset(Dataset):
         rng,          # numpy Generator
     ) -> list:        # (3,) first voxel of the window, negative where the volume is smaller
         "Where a window starts: around a random voxel of a random class, or anywhere."
+        room = np.array(case.shape[1:]) - self.patch                                 # (3,) negative: the volume is smaller
         spots = np.load(case.foreground) if rng.random() < self.foreground else ()
         if len(spots):
             spots = spots[spots[:,0] == rng.choice(np.unique(spots[:,0]))]
-            middle = spots[rng.integers(len(spots)), 1:]
-            start = [int(m) - p//2 for m, p in zip(middle, self.patch, strict=True)]
-        else: start = [int(rng.integers(max(n - p, 0) + 1)) for n, p in zip(case.shape[1:], self.patch, strict=True)]
-        return [min(max(s, 0), n - p) if n >= p else (n - p)//2 for s, n, p in zip(start, case.shape[1:], self.patch, strict=True)]
+            start = spots[rng.integers(len(spots)), 1:] - np.array(self.patch)//2
+        else: start = rng.integers(np.maximum(room, 0) + 1)
+        return np.where(room < 0, room//2, np.clip(start, 0, np.maximum(room, 0))).tolist()
 
     def __getitem__(self, index) -> tuple:
         index = int(index)
         if not 0 <= index < len(self): raise IndexError(index)
         case = self.prepared[index // self.per_case]
         start = self.corner(case, np.random.default_rng([self.seed, self.epoch, index]))
-        (rx, wx), (ry, wy), (rz, wz) = (overlap(n, p, s) for n, p, s in zip(case.shape[1:], self.patch, start, strict=True))
+        windows = zip(case.shape[1:], self.patch, start, strict=True)
+        (rx, wx), (ry, wy), (rz, wz) = (overlap(n, p, s) for n, p, s in windows)
         image = np.empty((len(case.low), *self.patch), np.float32)
         image[:] = np.asarray(case.low, np.float32)[:,None,None,None]
         label = np.zeros(self.patch, np.int64)
@@ -377,55 +392,67 @@ class Augment:
         x:Tensor,                # (B,C,*S) float
         y:Tensor,                # (B,*S) integer
         generator=None,          # torch.Generator: the same state gives the same result
-    ) -> tuple:                  # x and y, changed
+    ) -> tuple:                  # x and y, changed copies
         "Mirror, turn and resize both; then change the intensities of the image."
-        draw = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device if generator else "cpu").to(x.device)
-        x, y = self._mirror(x, y, draw)
-        if self.rotate or self.scale: x, y = self._turn(x, y, draw)
-        if self.intensity: x = self._shade(x, draw)
-        if self.noise: x = self._grain(x, draw, generator)
+        device = generator.device if generator else "cpu"
+        draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+        signs = 1 - 2*(draw(len(x), x.ndim - 2) < 0.5).int()                         # (B,D) of 1 and -1 (mirrored)
+        signs[:,[a for a in range(x.ndim - 2) if a not in self.flips]] = 1
+        if self.rotate or self.scale:
+            x, y = self._turn(x, y, signs[:,:2].to(x), *(2*draw(2, len(x)) - 1).to(x))
+            signs[:,:2] = 1
+        if (signs < 0).any(): x, y = mirror(x, signs), mirror(y, signs)
+        if self.intensity: x = self._shade(x, *(2*draw(3, len(x)) - 1).to(x)*self.intensity)
+        if self.noise:
+            grain = torch.randn(x.shape, generator=generator, device=device).to(x)
+            x = x + spread(draw(len(x)).to(x)*self.noise*span_of(x), x)*grain
         return x, y
 
-    def _mirror(self, x, y, draw):
-        "Flip each sample along each axis with probability one half."
-        for axis in self.flips:
-            chosen = draw(len(x)) < 0.5                                              # (B,)
-            wide = lambda t: chosen.reshape(-1, *[1]*(t.ndim - 1))                   # noqa: B023  (B,1,...,1)
-            x = torch.where(wide(x), x.flip(axis + 2), x)
-            y = torch.where(wide(y), y.flip(axis + 1), y)
-        return x, y
-
-    def _turn(self, x, y, draw):
-        "Turn and resize in the plane of the first two axes: one matrix, one interpolation; other axes ride along as channels."
-        angle = torch.deg2rad((2*draw(len(x)) - 1)*self.rotate)                      # (B,)
-        grow = 1 + (2*draw(len(x)) - 1)*self.scale                                   # (B,)
+    def _turn(self, x, y, signs, angle, grow):
+        "Mirror, turn and resize in the plane of the first two axes, at one go; a third axis rides along as channels."
+        angle, grow = torch.deg2rad(angle*self.rotate), 1 + grow*self.scale          # (B,) each
         h, w = x.shape[2:4]
-        cos, sin, zero = angle.cos()/grow, angle.sin()/grow, torch.zeros_like(grow)
-        rows = [torch.stack(r, -1) for r in ((cos, -sin*h/w, zero), (sin*w/h, cos, zero))]
-        grid = F.affine_grid(torch.stack(rows, 1), (len(x), 1, h, w), align_corners=False)  # (B,h,w,2)
-        flat = x.movedim((2, 3), (-2, -1))                                           # (B,C,...,h,w)
-        marks = y.movedim((1, 2), (-2, -1)).to(x.dtype)                              # (B,...,h,w)
+        cos, sin = angle.cos()/grow, angle.sin()/grow
+        down, across = ((torch.arange(n, device=x.device)*2 + 1).to(x)/n - 1 for n in (h, w))  # voxel centres in [-1,1]
+        by_across = torch.stack([cos*signs[:,1], sin*w/h*signs[:,0]], -1)             # (B,2) the matrix's first column,
+        by_down = torch.stack([-sin*h/w*signs[:,1], cos*signs[:,0]], -1)              # (B,2) and its second
+        grid = across[:,None]*by_across[:,None,None] + down[:,None,None]*by_down[:,None,None]  # (B,h,w,2)
+        flat, marks = x.movedim((2, 3), (-2, -1)), y.movedim((1, 2), (-2, -1))       # (B,C,...,h,w), (B,...,h,w)
         image = F.grid_sample(flat.reshape(len(x), -1, h, w), grid, padding_mode="border", align_corners=False)
-        label = F.grid_sample(marks.reshape(len(x), -1, h, w), grid, mode="nearest", align_corners=False)
-        image = image.reshape(flat.shape).movedim((-2, -1), (2, 3))
-        return image.contiguous(), label.reshape(marks.shape).movedim((-2, -1), (1, 2)).to(y.dtype).contiguous()
+        label = F.grid_sample(marks.reshape(len(x), -1, h, w).to(x), grid, mode="nearest", align_corners=False)
+        image = image.reshape(flat.shape).movedim((-2, -1), (2, 3))                   # (B,C,h,w,...)
+        label = label.reshape(marks.shape).movedim((-2, -1), (1, 2))                  # (B,h,w,...)
+        return image.contiguous(), label.to(y.dtype).contiguous()
 
-    def _shade(self, x, draw):
-        "Gain, offset, and a bend of the curve that keeps its ends: gain (u + b u (1-u)) + offset, with u in [0,1]."
-        low, high = x.flatten(1).min(1).values, x.flatten(1).max(1).values           # (B,)
-        per_sample = lambda t: t.reshape(-1, *[1]*(x.ndim - 1))
-        gain, offset, bend = ((2*draw(3, len(x)) - 1)*self.intensity)
-        low, span = per_sample(low), per_sample((high - low).clamp_min(1e-6))
-        u = (x - low)/span
-        u = u*per_sample(1 + 2*bend) - per_sample(2*bend)*u*u
-        return (per_sample(1 + gain)*u + per_sample(offset))*span + low
+    def _shade(self, x, gain, offset, bend):
+        "(1+gain) (u + 2 bend u (1-u)) + offset, where u in [0,1] is the sample's range: the curve bends, its ends stay."
+        low, span = x.flatten(1).amin(1), span_of(x)                                 # (B,)
+        a, b = (1 + gain)*(1 + 2*bend), (1 + gain)*2*bend                            # low + span (offset + a u - b u^2)
+        curve = (-b/span, a + 2*b*low/span, low + span*offset - a*low - b*low*low/span)
+        square, line, constant = (spread(c, x) for c in curve)
+        return (square*x).add_(line).mul_(x).add_(constant)
 
-    def _grain(self, x, draw, generator):
-        "Gaussian noise, its strength drawn for each sample."
-        span = x.flatten(1).max(1).values - x.flatten(1).min(1).values
-        strength = (draw(len(x))*self.noise*span).reshape(-1, *[1]*(x.ndim - 1))
-        grain = torch.randn(x.shape, generator=generator, device=generator.device if generator else "cpu").to(x)
-        return x + strength*grain
+def span_of(
+    x:Tensor,     # (B,...)
+) -> Tensor:      # (B,) > 0
+    "Range of each sample's values."
+    return (x.flatten(1).amax(1) - x.flatten(1).amin(1)).clamp_min(1e-6)
+
+def spread(
+    values:Tensor,  # (B,)
+    x:Tensor,       # (B,...)
+) -> Tensor:        # (B,1,...,1)
+    "One number a sample, shaped to multiply a batch."
+    return values.reshape(-1, *[1]*(x.ndim - 1))
+
+def mirror(
+    x:Tensor,      # (B,*S) or (B,C,*S)
+    signs:Tensor,  # (B,D) of 1 and -1
+) -> Tensor:
+    "Each sample flipped along the axes where its sign is -1."
+    lead = x.ndim - 1 - signs.shape[1]    # channel axes of a sample
+    axes = [[lead + a for a, sign in enumerate(row) if sign < 0] for row in signs.tolist()]
+    return torch.stack([sample.flip(a) for sample, a in zip(x, axes, strict=True)])
 
 # %% ../../nbs/data/03_slices.ipynb #c009
 class EpochSampler(Sampler):
@@ -463,4 +490,5 @@ def make_loader(
 ) -> DataLoader:
     "A plain DataLoader whose order depends only on (seed, epoch); `loader.sampler.set_epoch(e)` changes the epoch."
     sampler = EpochSampler(dataset, shuffle, seed, epoch)
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, pin_memory=torch.cuda.is_available())
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last,
+                      pin_memory=torch.cuda.is_available())
