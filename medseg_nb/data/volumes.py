@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['INTENSITY_RULES', 'spacing_of', 'same_grid', 'open_volume', 'load_volume', 'smallest_type', 'load_label',
-           'save_volume', 'names_file', 'class_names', 'to_canonical', 'regrid', 'resample', 'resample_to_shape',
-           'back_to_grid', 'window', 'zscore', 'percentile_scale', 'normalize']
+           'to_canonical', 'regrid', 'resample', 'resample_to_shape', 'back_to_grid', 'window', 'zscore',
+           'percentile_scale', 'normalize', 'save_volume', 'names_file', 'class_names', 'split_channels']
 
 # %% ../../nbs/data/00_volumes.ipynb #c002
 import json
@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from ..core import DatasetError, GeometryError, LabelError, MedsegError, ShapeError, write_atomically
 
-# %% ../../nbs/data/00_volumes.ipynb #c003
+# %% ../../nbs/data/00_volumes.ipynb #c006
 def spacing_of(
     img,  # nibabel image, or a 4x4 affine
 ) -> np.ndarray:  # (3,) mm
@@ -25,24 +25,24 @@ def spacing_of(
     return np.sqrt((affine[:3, :3]**2).sum(0))
 
 def same_grid(
-    a,            # nibabel image
-    b,            # nibabel image
+    a,               # nibabel image
+    b,               # nibabel image
     tol:float=1e-2,  # largest distance between matching corners, in voxels
 ) -> bool:
     "Whether two images have the same shape and put every voxel at the same place in mm."
     shape = (*a.shape, 1, 1)[:3]
     if shape != (*b.shape, 1, 1)[:3]: return False
-    corners = np.array(np.meshgrid(*[(0, n-1) for n in shape], [1])).reshape(4, -1)  # (4,8) voxel indices
+    corners = np.array(np.meshgrid(*[(0, n-1) for n in shape], [1])).reshape(4, -1)        # (4,8) voxel indices
     apart = np.linalg.norm(((a.affine - b.affine) @ corners)[:3], axis=0)                  # (8,) mm
     return bool(apart.max() <= tol * spacing_of(a).min())
 
-# %% ../../nbs/data/00_volumes.ipynb #c004
+# %% ../../nbs/data/00_volumes.ipynb #c010
 def _check_geometry(img, path, max_voxels):
     "Raise `GeometryError` for a header that cannot be a 3D volume."
     shape = tuple(int(n) for n in img.shape)
     if set(shape[3:]) - {1}:
         raise GeometryError("has more than three dimensions", file=path, found=shape, expected="(X, Y, Z)",
-                            fix="write one file per channel or time point")
+                            fix="write one file per channel or time point (split_channels does it)")
     if min(shape) < 1:
         raise GeometryError("has an empty dimension", file=path, found=shape, expected="every size at least 1")
     voxels = int(np.prod(shape, dtype=object))
@@ -77,8 +77,10 @@ def open_volume(
         img = nib.load(path)
         _check_geometry(img, path, max_voxels)
         if img.get_data_dtype().kind in "iuf": return img
-        raise DatasetError("holds no plain numbers", file=path, found=img.get_data_dtype(), expected="integers or floats")
+        raise DatasetError("holds no plain numbers", file=path, found=img.get_data_dtype(),
+                           expected="integers or floats")
 
+# %% ../../nbs/data/00_volumes.ipynb #c011
 def _read(path, max_voxels):
     "Header, then voxels: (array of its own type with exactly three axes, image)."
     img = open_volume(path, max_voxels)
@@ -90,7 +92,7 @@ def _check_finite(data, path):
     "Raise `DatasetError` where an array holds NaN or infinity."
     bad = 0 if data.dtype.kind != "f" else data.size - np.isfinite(data).sum()
     if bad: raise DatasetError("holds values that are not finite", file=path, found=f"{bad} NaN or inf",
-                               expected="finite 32-bit numbers", fix="replace them, for example with the smallest value")
+                               expected="finite 32-bit numbers", fix="replace them, say with the smallest value")
 
 def _nifti(data, affine, header=None):
     "A NIfTI image of `data` that keeps the header's codes and units but none of its scaling."
@@ -110,6 +112,7 @@ def load_volume(
     _check_finite(data, path)
     return _nifti(data, img.affine, img.header)
 
+# %% ../../nbs/data/00_volumes.ipynb #c013
 def smallest_type(
     largest:int,  # the largest id to be stored, >= 0
 ) -> type:
@@ -136,56 +139,14 @@ def load_label(
                          fix="declare them in dataset.json, or relabel the file")
     return _nifti(whole.astype(smallest_type(ids[-1])), img.affine, img.header)
 
-# %% ../../nbs/data/00_volumes.ipynb #c005
-def save_volume(
-    array,         # (X,Y,Z) numbers; bool and integers become the smallest type that holds them
-    like,          # nibabel image whose grid the array is on
-    path,          # .nii or .nii.gz
-    classes=None,  # {id: name}: written into the header and into <path>.json beside it
-) -> Path:
-    "Write an array on `like`'s grid, whole or not at all; raises `ShapeError` or `DatasetError`."
-    array, path = np.asarray(array), Path(path)
-    if array.shape != like.shape[:3]:
-        raise ShapeError("array and grid differ in size", file=path, found=array.shape, expected=like.shape[:3])
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise DatasetError("is no NIfTI name", file=path, expected="a name ending in .nii or .nii.gz")
-    stored = np.float32 if array.dtype.kind == "f" else smallest_type(array.max()) if array.min() >= 0 else np.int32
-    img = _nifti(array.astype(stored), like.affine, like.header)
-    img.header.extensions.clear()
-    if classes: img.header.extensions.append(nib.nifti1.Nifti1Extension("comment", _names_json(classes).encode()))
-    with write_atomically(path) as temporary: nib.save(img, temporary)
-    if classes:
-        with write_atomically(names_file(path)) as temporary: temporary.write_text(_names_json(classes), encoding="utf-8")
-    return path
-
-def _names_json(classes):
-    "The JSON text that says what each id means."
-    return json.dumps({"classes": {str(i): name for i, name in classes.items()}}, ensure_ascii=False)
-
-def names_file(
-    path,  # a label volume
-) -> Path:
-    "The JSON beside a label volume that says what its ids mean."
-    path = Path(path)
-    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
-
-def class_names(
-    path,  # a label volume written by `save_volume`
-) -> dict | None:  # {id: name}
-    "Class names found in the header of a label volume, or None."
-    for extension in nib.load(path).header.extensions:
-        try: return {int(i): name for i, name in json.loads(extension.get_content())["classes"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError): continue
-    return None
-
-# %% ../../nbs/data/00_volumes.ipynb #c006
+# %% ../../nbs/data/00_volumes.ipynb #c020
 def to_canonical(
     img,  # nibabel image in any orientation
 ) -> nib.Nifti1Image:
     "Flip and permute the axes until they run to the right, to the front and up (RAS+); no value is interpolated."
     return nib.as_closest_canonical(img)
 
-# %% ../../nbs/data/00_volumes.ipynb #c007
+# %% ../../nbs/data/00_volumes.ipynb #c028
 def _matching_axes(matrix, shape):
     "For each output axis the input axis it runs along, or None where the grids are rotated against each other."
     steps = np.abs(matrix[:3, :3])
@@ -198,7 +159,7 @@ def _sample_axis(data, axis, index, order):
     n = data.shape[axis]
     outside = (index <= -1) | (index >= n)
     index = index.clip(0, n-1)
-    if order == 0: out = data.take(np.floor(index + 0.5).astype(int), axis)
+    if order == 0: out = data.take(np.floor(index.round(6) + 0.5).astype(int), axis)
     else:
         low = np.floor(index).astype(int)
         weight = np.expand_dims((index - low).astype(data.dtype), [a for a in range(3) if a != axis])
@@ -213,10 +174,10 @@ def _sample(data, matrix, shape, order):
     if axes is None or order > 1:
         padded = np.pad(data, 1, mode="edge")
         return ndimage.affine_transform(padded, matrix[:3, :3], matrix[:3, 3] + 1, tuple(shape), order=order)
-    data = data.transpose(axes)                       # axes of the input in the order of the output's
-    for j in np.argsort(np.array(shape) / data.shape):  # the axis that shrinks most goes first
+    data = data.transpose(axes)                          # axes of the input in the order of the output's
+    for j in np.argsort(np.array(shape) / data.shape):   # the axis that shrinks most goes first
         index = matrix[axes[j], j] * np.arange(shape[j]) + matrix[axes[j], 3]
-        data = _sample_axis(data, j, index.round(6), order)
+        data = _sample_axis(data, j, index, order)
     return np.ascontiguousarray(data)
 
 def regrid(
@@ -228,10 +189,10 @@ def regrid(
     "Read an image at the voxel centres of another grid; 0 where the image does not reach."
     data = np.asanyarray(img.dataobj)
     if order > 0 and data.dtype.kind != "f": data = data.astype(np.float32)
-    matrix = np.linalg.inv(img.affine) @ affine       # new index -> mm -> old index
+    matrix = np.linalg.inv(img.affine) @ affine          # new index -> mm -> old index
     return _nifti(_sample(data, matrix, [int(n) for n in shape], order), affine, img.header)
 
-# %% ../../nbs/data/00_volumes.ipynb #c008
+# %% ../../nbs/data/00_volumes.ipynb #c029
 def _rescaled(img, shape, ratio, order):
     "Resample to `shape` voxels, each `ratio` old voxels long, around the same centre."
     shape, ratio = np.array(shape), np.asarray(ratio, float)
@@ -244,7 +205,7 @@ def resample(
     spacing,      # (3,) mm along the image's own axes
     order:int=1,  # 0 nearest (labels), 1 linear (images), 3 cubic
 ) -> nib.Nifti1Image:
-    "Resample to exactly this spacing, keeping the centre of the volume; the size is rounded to whole voxels."
+    "Resample to exactly this spacing around the same centre, size rounded to whole voxels; raises `GeometryError`."
     spacing = np.broadcast_to(np.asarray(spacing, float), 3)
     if not (np.isfinite(spacing).all() and spacing.min() > 0):
         raise GeometryError("spacing must be positive", found=spacing.tolist(), expected="three numbers of mm above 0")
@@ -256,20 +217,21 @@ def resample_to_shape(
     shape,        # (3,) sizes wanted
     order:int=1,  # 0 nearest (labels), 1 linear (images), 3 cubic
 ) -> nib.Nifti1Image:
-    "Resample to exactly this many voxels over the same box; the spacing follows."
+    "Resample to exactly this many voxels over the same box, the spacing follows; raises `ShapeError`."
     if len(shape) != 3 or min(shape) < 1:
         raise ShapeError("shape must be three sizes", found=tuple(shape), expected="three integers of at least 1")
     return _rescaled(img, shape, np.array(img.shape[:3]) / np.array(shape), order)
 
+# %% ../../nbs/data/00_volumes.ipynb #c034
 def back_to_grid(
     img,          # nibabel image on any grid
     reference,    # nibabel image whose shape and affine are wanted
     order:int=0,  # 0 nearest (labels), 1 linear (probabilities)
 ) -> nib.Nifti1Image:
     "Bring a prediction back to exactly the grid of the input it was made from."
-    return regrid(img, reference.affine, reference.shape[:3], order)
+    return regrid(img, reference.affine, (*reference.shape, 1, 1)[:3], order)
 
-# %% ../../nbs/data/00_volumes.ipynb #c009
+# %% ../../nbs/data/00_volumes.ipynb #c043
 def window(
     x,           # array of CT numbers, in HU
     low:float,   # HU shown black
@@ -281,7 +243,7 @@ def window(
 
 def zscore(
     x,          # array of any unit
-    mask=None,  # where mean and standard deviation are taken; None is everywhere
+    mask=None,  # where mean and standard deviation are taken; None or empty is everywhere
 ) -> np.ndarray:  # float32
     "Subtract the mean and divide by the standard deviation; a constant image becomes 0."
     x = np.asarray(x, np.float32)
@@ -298,12 +260,16 @@ def percentile_scale(
     a, b = np.percentile(x, [low, high])
     return window(x, a, b) if b > a else np.zeros(np.shape(x), np.float32)
 
-INTENSITY_RULES = {
-    "ct": lambda x: window(x, -125, 275),             # HU, the window of TransUNet's Synapse preparation
-    "zscore": zscore,
-    "percentile": percentile_scale,
-    "none": lambda x: np.asarray(x, np.float32),
-}
+# %% ../../nbs/data/00_volumes.ipynb #c044
+def _ct_window(x):
+    "The window of TransUNet's Synapse preparation."
+    return window(x, -125, 275)
+
+def _unchanged(x):
+    "Intensities as they are."
+    return np.asarray(x, np.float32)
+
+INTENSITY_RULES = {"ct": _ct_window, "zscore": zscore, "percentile": percentile_scale, "none": _unchanged}
 
 def normalize(
     x,         # array of intensities
@@ -313,3 +279,60 @@ def normalize(
     if rule not in INTENSITY_RULES:
         raise MedsegError("no such intensity rule", found=rule, expected=sorted(INTENSITY_RULES))
     return INTENSITY_RULES[rule](x)
+
+# %% ../../nbs/data/00_volumes.ipynb #c048
+def save_volume(
+    array,         # (X,Y,Z) numbers; bool and integers become the smallest type that holds them
+    like,          # nibabel image whose grid the array is on
+    path,          # .nii or .nii.gz
+    classes=None,  # {id: name}: written into the header and into a JSON beside the file
+) -> Path:
+    "Write an array on `like`'s grid, whole or not at all; raises `ShapeError` or `DatasetError`."
+    array, path = np.asarray(array), Path(path)
+    if array.shape != (*like.shape, 1, 1)[:3]:
+        raise ShapeError("array and grid differ in size", file=path, found=array.shape, expected=like.shape)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise DatasetError("is no NIfTI name", file=path, expected="a name ending in .nii or .nii.gz")
+    kind = np.float32 if array.dtype.kind == "f" else smallest_type(array.max()) if array.min() >= 0 else np.int32
+    img = _nifti(array.astype(kind), like.affine, like.header)
+    img.header.extensions.clear()
+    if classes is None:
+        with write_atomically(path) as temporary: nib.save(img, temporary)
+        return path
+    names = json.dumps({"classes": {str(i): name for i, name in classes.items()}}, ensure_ascii=False)
+    img.header.extensions.append(nib.nifti1.Nifti1Extension("comment", names.encode()))
+    with write_atomically(path) as temporary, write_atomically(names_file(path)) as beside:
+        nib.save(img, temporary)
+        beside.write_text(names, encoding="utf-8")
+    return path
+
+def names_file(
+    path,  # a label volume
+) -> Path:
+    "The JSON beside a label volume that says what its ids mean."
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+def class_names(
+    path,  # a label volume written by `save_volume`
+) -> dict | None:  # {id: name}
+    "Class names found in the header of a label volume, or None."
+    for extension in open_volume(path).header.extensions:
+        try: return {int(i): name for i, name in json.loads(extension.get_content())["classes"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError): continue
+    return None
+
+# %% ../../nbs/data/00_volumes.ipynb #c051
+def split_channels(
+    path,         # 4D NIfTI, one channel or time point per last index
+    folder=None,  # where to write; default beside the file
+) -> list:  # of Path: <name>_0000.nii.gz, <name>_0001.nii.gz, ...
+    "Write each channel of a 4D file as a volume of its own; raises `GeometryError` or `DatasetError`."
+    path = Path(path)
+    with _reading(path):
+        img = nib.load(path)
+        if img.ndim != 4: raise GeometryError("is not 4D", file=path, found=img.shape, expected="(X, Y, Z, channels)")
+        stem = path.name.removesuffix(".gz").removesuffix(".nii")
+        files = [Path(folder or path.parent)/f"{stem}_{c:04d}.nii.gz" for c in range(img.shape[3])]
+        for c, file in enumerate(files): save_volume(np.asanyarray(img.dataobj[..., c]), img.slicer[..., c], file)
+    return files
