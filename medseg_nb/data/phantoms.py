@@ -2,12 +2,10 @@
 
 # %% auto #0
 __all__ = ['TISSUES', 'ORGANS', 'HEART', 'INNER', 'SOFT', 'PHANTOM_KINDS', 'Region', 'rotation', 'ellipsoid', 'tube', 'Scene',
-           'smooth_noise', 'new_scene', 'paint', 'jitter', 'stretch', 'add_trunk', 'add_skeleton', 'add_vessels',
-           'add_bowel', 'add_liver', 'add_left_side', 'add_kidney', 'add_pancreas', 'draw_abdomen', 'ct_numbers',
-           'mr_signals', 'cine_signals', 'block_mean', 'majority', 'render', 'scan_ct', 'scan_mr', 'scan_cine', 'Heart',
-           'heart_of', 'contract', 'below', 'add_atria', 'add_heart', 'draw_heart', 'Kind', 'random_stream', 'case_id',
-           'draw_case', 'draw_beat', 'nifti_bytes', 'describe_phantom', 'check_request', 'already_made',
-           'folder_atomically', 'make_phantom']
+           'smooth_noise', 'new_scene', 'paint', 'jitter', 'stretch', 'draw_abdomen', 'ct_numbers', 'mr_signals',
+           'cine_signals', 'block_mean', 'majority', 'render', 'scan_ct', 'scan_mr', 'scan_cine', 'Heart', 'heart_of',
+           'contract', 'below', 'draw_heart', 'Kind', 'random_stream', 'case_id', 'draw_case', 'nifti_bytes',
+           'describe_phantom', 'make_phantom']
 
 # %% ../../nbs/data/02_phantoms.ipynb #c002
 import gzip
@@ -27,7 +25,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from ..core import DatasetError, MedsegError, ShapeError, progress
 
-# %% ../../nbs/data/02_phantoms.ipynb #c003
+# %% ../../nbs/data/02_phantoms.ipynb #c005
 class Region(NamedTuple):
     "A solid in patient millimetres: a rule that says which points lie inside, and a box that holds it."
     centre:np.ndarray  # (3,) mm
@@ -74,7 +72,16 @@ def tube(
     low, high = path.min(0), path.max(0)
     return Region((low+high)/2, (high-low)/2 + radii.max(), inside)
 
-# %% ../../nbs/data/02_phantoms.ipynb #c004
+# %% ../../nbs/data/02_phantoms.ipynb #c008
+TISSUES = ["air", "skin", "fat", "muscle", "wall fat", "lung", "bone", "marrow", "fluid", "gas", "stool", "bowel",
+           "vein", "aorta", "gallbladder", "cortex", "medulla", "liver", "liver vessel", "lesion", "pancreas", "spleen",
+           "stomach", "chyme", "myocardium", "blood", "papillary"]
+ORGANS = ["aorta", "gallbladder", "kidney L", "kidney R", "liver", "pancreas", "spleen", "stomach"]  # classes 1..8
+HEART = ["RV", "MYO", "LV"]                                                                        # classes 1..3
+INNER = ["fat"]                                                             # what small parts may grow into
+SOFT = ["fat", "lung", "bowel", "gas", "fluid", "stool", "chyme"]           # what large organs push aside
+
+# %% ../../nbs/data/02_phantoms.ipynb #c009
 @dataclass
 class Scene:
     "A patient on a fine grid: where each voxel lies in the body, its tissue, and its label."
@@ -131,16 +138,7 @@ def paint(
     part[hit] = TISSUES.index(tissue)
     if label is not None: scene.label[box][hit] = label
 
-# %% ../../nbs/data/02_phantoms.ipynb #c005
-TISSUES = ["air", "skin", "fat", "muscle", "wall fat", "lung", "bone", "marrow", "fluid", "gas", "stool", "bowel",
-           "vein", "aorta", "gallbladder", "cortex", "medulla", "liver", "liver vessel", "lesion", "pancreas", "spleen",
-           "stomach", "chyme", "myocardium", "blood", "papillary"]
-ORGANS = ["aorta", "gallbladder", "kidney L", "kidney R", "liver", "pancreas", "spleen", "stomach"]  # classes 1..8
-HEART = ["RV", "MYO", "LV"]                                                                        # classes 1..3
-INNER = ["fat"]                                                             # what small parts may grow into
-SOFT = ["fat", "lung", "bowel", "gas", "fluid", "stool", "chyme"]           # what large organs push aside
-
-# %% ../../nbs/data/02_phantoms.ipynb #c006
+# %% ../../nbs/data/02_phantoms.ipynb #c014
 def jitter(
     rng,     # numpy Generator
     values,  # numbers
@@ -157,7 +155,7 @@ def stretch(
     "The radii, each multiplied by a random factor near 1, and all by a common one."
     return np.asarray(values, float)*jitter(rng, np.ones(np.shape(values)), spread)*jitter(rng, 1.0, spread)
 
-def add_trunk(scene, rng) -> None:
+def _add_trunk(scene, rng) -> None:
     "Skin, fat under it, muscle, the fat-filled cavity, the lungs above the diaphragm."
     a, b = stretch(rng, [112, 82], 0.02)
     thin = rng.uniform(6, 24)
@@ -172,7 +170,7 @@ def add_trunk(scene, rng) -> None:
     heart = ellipsoid(jitter(rng, (-22, 34, 108), 5), (50, 36, 34), (0, 25, 20))
     paint(scene, heart, "myocardium", only=["lung", "fat"])
 
-def add_skeleton(scene, rng) -> None:
+def _add_skeleton(scene, rng) -> None:
     "Spine with its canal, muscles along it, and ribs in the wall."
     for side in (-1, 1):
         paint(scene, tube([(side*26, -50, 10), (side*38, -46, -60), (side*46, -40, -110)], (7, 17, 20)), "muscle")
@@ -188,7 +186,8 @@ def add_skeleton(scene, rng) -> None:
             rib = [(side*122*np.cos(t), 90*np.sin(t), z - 34*np.sin(t)) for t in np.linspace(-0.9, 0.8, 5)]
             paint(scene, tube(rib, [5]*5), "bone", only=["muscle", "wall fat"])
 
-def add_vessels(scene, rng) -> None:
+# %% ../../nbs/data/02_phantoms.ipynb #c015
+def _add_vessels(scene, rng) -> None:
     "The aorta in front of the spine, a little to the left, and the vena cava at its right."
     sway = jitter(rng, np.zeros((5, 2)), 3)
     levels = (-200, -80, -20, 40, 200)
@@ -198,7 +197,7 @@ def add_vessels(scene, rng) -> None:
     paint(scene, tube([(-8+s[0], -23+s[1], z) for s, z in zip(sway, levels, strict=True)],
                       wide*np.array([8.5, 9, 10, 11.5, 12])), "aorta", 1)
 
-def add_bowel(scene, rng) -> None:
+def _add_bowel(scene, rng) -> None:
     "Loops of bowel with gas, fluid or stool: what a network confuses with stomach and pancreas."
     for _ in range(rng.integers(16, 24)):
         start = np.array([rng.uniform(-85, 85), rng.uniform(-5, 60), rng.uniform(-105, -5)])
@@ -207,7 +206,8 @@ def add_bowel(scene, rng) -> None:
         paint(scene, tube(path, [radius]*3), "bowel", only=INNER)
         paint(scene, tube(path, [radius*0.72]*3), rng.choice(["gas", "fluid", "stool", "chyme"]), only=["bowel"])
 
-def add_liver(scene, rng) -> None:
+# %% ../../nbs/data/02_phantoms.ipynb #c016
+def _add_liver(scene, rng) -> None:
     "The liver on the patient's right, its vessels, sometimes lesions, and the gallbladder under it."
     lobe, small = stretch(rng, (62, 82, 70), 0.06), stretch(rng, (66, 36, 36), 0.1)
     right, left = jitter(rng, (68, 0, 20), 4), jitter(rng, (10, 42, 38), 4)
@@ -224,7 +224,7 @@ def add_liver(scene, rng) -> None:
     bile = ellipsoid(jitter(rng, (46, 35, -30), 4), stretch(rng, (16, 19, 31), 0.16), jitter(rng, (25, 0, 0), 12))
     paint(scene, bile, "gallbladder", 2)
 
-def add_left_side(scene, rng) -> None:
+def _add_left_side(scene, rng) -> None:
     "Stomach with its content and air bubble in front on the left, spleen behind it."
     spleen = ellipsoid(jitter(rng, (-94, -26, 36), 4), stretch(rng, (31, 43, 50), 0.12), jitter(rng, (15, 0, 25), 10))
     paint(scene, spleen, "spleen", 7, SOFT)
@@ -236,7 +236,7 @@ def add_left_side(scene, rng) -> None:
     front = Region(np.array([-30, 100, 20]), np.array([80, 100, 90]), lambda p: p[1] > level)
     paint(scene, front, "gas", only=["chyme"])
 
-def add_kidney(scene, rng, side) -> None:
+def _add_kidney(scene, rng, side) -> None:
     "A kidney beside the spine (side +1 right, a little lower; -1 left): cortex, medulla, and fat in its sinus."
     centre = jitter(rng, (side*56, -46, -25 - 6*(side > 0)), 4)
     radii, angles = stretch(rng, (29, 27, 55), 0.07), jitter(rng, (8, side*10, side*35), 6)
@@ -246,7 +246,8 @@ def add_kidney(scene, rng, side) -> None:
     inwards = centre - [side*radii[0]*0.6, -6, 0]
     paint(scene, ellipsoid(inwards, radii*[0.62, 0.42, 0.42], angles), "fat", 0, ["cortex", "medulla"])
 
-def add_pancreas(scene, rng) -> None:
+# %% ../../nbs/data/02_phantoms.ipynb #c017
+def _add_pancreas(scene, rng) -> None:
     "The pancreas from the duodenum on the right, over the aorta, up to the spleen."
     path = jitter(rng, [(34, 8, -34), (26, 12, -12), (2, 16, 0), (-28, 4, 8), (-62, -16, 20)], 4)
     paint(scene, tube(path + [22, 4, -4], [12]*5), "bowel", only=INNER)                       # duodenum beside its head
@@ -260,17 +261,17 @@ def draw_abdomen(
     "One abdomen: the same rules whichever scanner will look at it."
     scale = float(jitter(rng, 0.97, 0.03))
     scene = new_scene(rng, shape, size, scale, jitter(rng, (0, 0, 0), 3), jitter(rng, (0, 0, 0), 5), ((90, 5), (35, 2)))
-    for add in (add_trunk, add_skeleton, add_vessels, add_bowel, add_liver, add_left_side): add(scene, rng)
-    for side in (1, -1): add_kidney(scene, rng, side)
-    add_pancreas(scene, rng)
+    for add in (_add_trunk, _add_skeleton, _add_vessels, _add_bowel, _add_liver, _add_left_side): add(scene, rng)
+    for side in (1, -1): _add_kidney(scene, rng, side)
+    _add_pancreas(scene, rng)
     return scene
 
-# %% ../../nbs/data/02_phantoms.ipynb #c007
+# %% ../../nbs/data/02_phantoms.ipynb #c020
 def ct_numbers(
     rng,  # numpy Generator
 ) -> dict:  # tissue -> HU
     "CT numbers of one patient: native, arterial, portal or late, and a fatty liver now and then."
-    phases = [(0, 0), (1, 0.3), (0.35, 1), (0.3, 0.9), (0.15, 0.6)]            # contrast medium in arteries, in the portal vein
+    phases = [(0, 0), (1, 0.3), (0.35, 1), (0.3, 0.9), (0.15, 0.6)]  # medium in arteries, in portal vein
     art, por = rng.choice(phases)*rng.uniform(0.8, 1.2)
     fatty = rng.uniform(10, 35) if rng.random() < 0.25 else 0
     hu = {"air": -1000, "lung": -820, "gas": -950, "skin": 20, "fat": -100, "wall fat": -105, "muscle": 52 + 10*por,
@@ -303,7 +304,7 @@ def cine_signals(
                "liver": rng.uniform(0.3, 0.5), "aorta": blood, "blood": blood, "myocardium": muscle, "papillary": muscle}
     return {name: value*float(np.exp(jitter(rng, 0, 0.06))) for name, value in signals.items()}
 
-# %% ../../nbs/data/02_phantoms.ipynb #c008
+# %% ../../nbs/data/02_phantoms.ipynb #c022
 def block_mean(
     fine:np.ndarray,  # (2X,2Y,2Z)
 ) -> np.ndarray:      # (X,Y,Z) float32
@@ -362,7 +363,7 @@ def scan_cine(
     "A frame of a cine MR: as `scan_mr`, with bright blood."
     return scan_mr(scene, rng, cine_signals)
 
-# %% ../../nbs/data/02_phantoms.ipynb #c009
+# %% ../../nbs/data/02_phantoms.ipynb #c028
 class Heart(NamedTuple):
     "The measures of one heart at one moment, in mm."
     radius:float   # outer radius of the left ventricle at its base
@@ -395,7 +396,7 @@ def below(
     "The part of a solid below a height."
     return Region(region.centre, region.reach, lambda p: region.inside(p) & (p[2] < level))
 
-def add_atria(scene, side, heart, base) -> None:
+def _add_atria(scene, side, heart, base) -> None:
     "Fat around the heart, and above its base the two atria and the root of the aorta: blood that carries no label."
     r, v, n = heart.radius, heart.right, heart.length
     paint(scene, below(ellipsoid((0, 0, base), (r+6, r+6, n+5), power=2.3), base+30), "fat")
@@ -405,12 +406,12 @@ def add_atria(scene, side, heart, base) -> None:
         for grow, tissue in ((3, "myocardium"), (0, "blood")):
             paint(scene, ellipsoid(middle + [0, 0, base+20], (radius+grow, radius+grow, 27)), tissue)
 
-def add_heart(scene, rng, heart) -> None:
+def _add_heart(scene, rng, heart) -> None:
     "Right ventricle (a crescent), ring of myocardium, left cavity; papillary muscles count as cavity."
     side = np.array([np.cos(np.radians(heart.angle)), np.sin(np.radians(heart.angle)), 0])
     r, w, n, v, _ = heart
     base = n - 48                                                              # the apex stays, the base moves
-    add_atria(scene, side, heart, base)
+    _add_atria(scene, side, heart, base)
     middle = side*(r*0.62 + v*0.5) + [0, 0, base]
     for grow, tissue, label in ((3, "myocardium", None), (0, "blood", 1)):
         body = ellipsoid(middle, (v*1.05+grow, r*1.12+grow, n*0.86+grow), (0, 0, heart.angle))
@@ -438,10 +439,10 @@ def draw_heart(
     paint(scene, ellipsoid((45, -95, -50), stretch(rng, (95, 65, 75), 0.1)), "liver")
     paint(scene, ellipsoid((-45, -72, -45), stretch(rng, (32, 28, 50), 0.15)), "stomach")
     paint(scene, tube([(-28, -62, -200), (-28, -62, 200)], (11, 11)), "aorta")
-    add_heart(scene, rng, heart)
+    _add_heart(scene, rng, heart)
     return scene
 
-# %% ../../nbs/data/02_phantoms.ipynb #c010
+# %% ../../nbs/data/02_phantoms.ipynb #c031
 class Kind(NamedTuple):
     "What `make_phantom` needs to know of one kind of phantom."
     shape:tuple     # default voxels
@@ -478,20 +479,20 @@ def draw_case(
     what, rng = PHANTOM_KINDS[kind], random_stream(kind, seed, index)
     shape = np.array(shape or what.shape)
     spacing = np.round(np.array(what.size)*rng.uniform(0.96, 1.04)/shape, 3)
-    scene = (draw_beat(rng, index, seed, 2*shape, spacing*shape) if kind == "cardiac-mr" else
+    scene = (_draw_beat(rng, index, seed, 2*shape, spacing*shape) if kind == "cardiac-mr" else
              draw_abdomen(rng, 2*shape, spacing*shape))
     image = {"abdomen-ct": scan_ct, "abdomen-mr": scan_mr, "cardiac-mr": scan_cine}[kind](scene, rng)
     affine = np.diag([*spacing, 1.0])
     affine[:3,3] = -spacing*(shape - 1)/2                                       # the middle of the grid is the origin
     return nib.Nifti1Image(image, affine), nib.Nifti1Image(majority(scene.label, len(what.classes) + 1), affine)
 
-def draw_beat(rng, index, seed, shape, size) -> Scene:
+def _draw_beat(rng, index, seed, shape, size) -> Scene:
     "One moment of a heart: even cases at end diastole, odd ones the same person at or near end systole."
     person = random_stream("heart", seed, index//2)
     heart, shortening = heart_of(person), person.uniform(0.12, 0.38)
     return draw_heart(rng, shape, size, contract(heart, 0 if index % 2 == 0 else rng.uniform(0.8, 1), shortening))
 
-# %% ../../nbs/data/02_phantoms.ipynb #c011
+# %% ../../nbs/data/02_phantoms.ipynb #c032
 def nifti_bytes(
     image:nib.Nifti1Image,  # to write
 ) -> bytes:                 # a .nii.gz file
@@ -512,7 +513,7 @@ def describe_phantom(
             "tensorImageSize": "3D", "modality": {"0": what.modality}, "labels": labels, "numTraining": len(names),
             "numTest": 0, "training": [pair(n) for n in names], "test": [], "phantom": request}
 
-def check_request(kind, n_cases, seed, shape) -> None:
+def _check_request(kind, n_cases, seed, shape) -> None:
     "Raise a `MedsegError` for a kind that is not there, no cases, a negative seed or an impossible shape."
     if kind not in PHANTOM_KINDS:
         raise MedsegError("no such kind of phantom", found=repr(kind), expected=f"one of {', '.join(PHANTOM_KINDS)}")
@@ -524,7 +525,7 @@ def check_request(kind, n_cases, seed, shape) -> None:
     if not whole or min(shape) < 4 or max(shape) > 512:
         raise ShapeError("no phantom has that shape", found=repr(shape), expected="three whole numbers from 4 to 512")
 
-def already_made(
+def _already_made(
     path:Path,     # folder
     request:dict,  # what was asked for
 ) -> bool:
@@ -538,7 +539,7 @@ def already_made(
                        expected="a new or empty folder", fix="choose another folder, or remove this one")
 
 @contextmanager
-def folder_atomically(
+def _folder_atomically(
     path:Path,  # folder to make
 ):
     "Give a temporary folder beside `path`; rename it on success, remove it on failure; OSError becomes `DatasetError`."
@@ -564,12 +565,12 @@ def make_phantom(
     shape=None,   # voxels (X,Y,Z) over the same field of view; None: 96 x 96 x 24 or, for the heart, 96 x 96 x 10
 ) -> Path:        # the folder: dataset.json, imagesTr, labelsTr
     "Write a collection of phantoms. Raises `MedsegError` for a bad request, `DatasetError` if the folder is in use."
-    check_request(kind, n_cases, seed, shape)
+    _check_request(kind, n_cases, seed, shape)
     path = Path(path)
     shape = [int(n) for n in shape or PHANTOM_KINDS[kind].shape]
     request = {"kind": kind, "n_cases": int(n_cases), "seed": int(seed), "shape": shape}
-    if already_made(path, request): return path
-    with folder_atomically(path) as folder:
+    if _already_made(path, request): return path
+    with _folder_atomically(path) as folder:
         names = [case_id(kind, i) for i in range(n_cases)]
         for i, name in enumerate(progress(names, f"drawing {kind}")):
             for part, picture in zip(("imagesTr", "labelsTr"), draw_case(kind, i, seed, shape), strict=True):
