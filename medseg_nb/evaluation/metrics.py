@@ -36,7 +36,7 @@ def _crop_to_objects(pred, truth):
 
 def _border_points(border, other, spacing):
     "Of a border map: class (n,), position in mm (n,d), and whether the other border has the same class there (n,)."
-    index = np.flatnonzero(border)
+    index = np.flatnonzero(border != 0)
     cls = border.ravel()[index]
     position = np.stack(np.unravel_index(index, border.shape), axis=-1) * np.asarray(spacing, float)  # (n,d)
     return cls, position, other.ravel()[index] == cls
@@ -132,23 +132,19 @@ def assd(
     return _assd(*surface_distances(pred, truth, spacing))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #c018
-def _check_ids(labels, ids, name):
-    "Refuse labels that are no class; raises `LabelError`."
-    if strangers := sorted(set(np.unique(labels).tolist()) - set(ids)):
-        raise LabelError(f"the {name} has labels that are no class", found=strangers[:5],
-                         expected=f"only {list(ids)}", fix="check the classes of dataset.json")
-
-def _confusion(pred, truth, ids):
-    "(k,k) voxel counts, row = true class, column = predicted class, in the order of ids; raises `LabelError`."
-    k, last = len(ids), max(ids)
-    place = np.full(last+2, k)  # label -> row; labels that are no class get row k
+def _as_rows(labels, ids, name):
+    "Each label replaced by its place in ids (uint8 where that fits); raises `LabelError` for a label that is no class."
+    k, low, high = len(ids), int(labels.min()), int(labels.max())
+    place = np.full(max(ids)+1, k, np.uint8 if k < 256 else np.intp)
     place[ids] = np.arange(k)
-    row, column = (place[x if 0 <= x.min() and x.max() <= last else np.where((x < 0) | (x > last), last+1, x)]
-                   for x in (truth, pred))
-    counts = np.bincount((row*(k+1) + column).ravel(), minlength=(k+1)**2).reshape(k+1, k+1)
-    if counts[:,k].any(): _check_ids(pred, ids, "prediction")
-    if counts[k].any(): _check_ids(truth, ids, "truth")
-    return counts[:k,:k]
+    if low >= 0 and high <= max(ids) and not ((rows := place[labels]) == k).any(): return rows
+    strangers = sorted(set(np.unique(labels).tolist()) - set(ids))
+    raise LabelError(f"the {name} has labels that are no class", found=strangers[:5],
+                     expected=f"only {list(ids)}", fix="check the classes of dataset.json")
+
+def _confusion(pred, truth, k):
+    "(k,k) voxel counts: row = true class, column = predicted class."
+    return np.bincount((truth.astype(np.intp)*k + pred).ravel(), minlength=k*k).reshape(k, k)
 
 def _overlap(confusion, i, empty):
     "DSC, IoU, SE, SP, ACC of the i-th class; 0/0 is nan, or TransUNet's 1 and 0 for DSC and IoU."
@@ -182,9 +178,10 @@ def evaluate_case(
     pred, truth, spacing = _check_pair(pred, truth, spacing)
     ids, n_voxels, rows = _check_classes(classes), pred.size, []
     pred, truth = _crop_to_objects(pred, truth)
-    confusion = _confusion(pred, truth, ids)
+    pred, truth, k = _as_rows(pred, ids, "prediction"), _as_rows(truth, ids, "truth"), len(ids)
+    confusion = _confusion(pred, truth, k)
     confusion[0,0] += n_voxels - pred.size  # the background that was cut off
-    for i, (there, back) in enumerate(_class_distances(pred, truth, spacing, ids[1:]), start=1):
+    for i, (there, back) in enumerate(_class_distances(pred, truth, spacing, range(1, k)), start=1):
         distances = {"HD95": _hd95(there, back, convention), "ASSD": _assd(there, back)}
         if empty == "transunet": distances = {k: 0.0 if np.isnan(v) else v for k, v in distances.items()}
         rows.append({"class": classes[ids[i]], **_overlap(confusion, i, empty), **distances})
