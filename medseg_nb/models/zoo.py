@@ -27,7 +27,7 @@ _BOTTLENECKS = {
 }
 _SIZES = {
     "paper": dict(encoder="resnet50", stride=16, dim=512, codebook_size=1024),
-    "teach": dict(encoder="residual", widths=(16, 32, 64, 128), first_stride=1, dim=128, codebook_size=256),
+    "teach": dict(encoder="residual", widths=(32, 64, 128), first_stride=2, dim=128, codebook_size=256, decoder_blocks=1),
 }
 
 def list_models() -> list[str]:
@@ -41,7 +41,7 @@ def build_model(
     size:str="paper",        # "paper": ResNet-50, dim 512, K 1024; "teach": a small encoder, dim 128, K 256
     spatial_dims:int=2,      # 2 for slices; 3 for volumes (the small encoder only)
     pretrained:bool=False,   # ImageNet weights for a timm encoder
-    **overrides,             # encoder, stride, widths, first_stride, dim, codebook_size, soft_heads, hard_heads, beta, ema_decay, restart_after
+    **overrides,             # encoder, stride, widths, first_stride, decoder_blocks, dim, codebook_size, soft_heads, hard_heads, beta, ema_decay, restart_after
 ) -> EncoderDecoder:
     "Build a network by name; raises `ShapeError` for a name, a size or a number that does not fit."
     _check_request(name, in_channels, classes, size)
@@ -65,7 +65,7 @@ def _check_request(name, in_channels, classes, size):
 def _build_encoder(settings, in_channels, spatial_dims, pretrained):
     "Take the encoder's settings out of `settings` and build it."
     name, stride = settings.pop("encoder"), settings.pop("stride", 16)
-    widths, first_stride = settings.pop("widths", (16, 32, 64, 128)), settings.pop("first_stride", 1)
+    widths, first_stride = settings.pop("widths", (32, 64, 128)), settings.pop("first_stride", 2)
     if name == "residual": return ResidualEncoder(in_channels, tuple(widths), spatial_dims, first_stride)
     if spatial_dims != 2: raise ShapeError("timm encoders see slices", found=f"spatial_dims={spatial_dims}", expected=2,
                                            fix='use size="teach" or encoder="residual"')
