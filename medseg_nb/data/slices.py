@@ -24,7 +24,7 @@ from ..core import DatasetError, GeometryError, MedsegError, ShapeError, progres
 from .volumes import (INTENSITY_RULES, back_to_grid, load_label, load_volume, normalize, resample,
                                     resample_to_shape, same_grid, spacing_of, to_canonical)
 
-# %% ../../nbs/data/03_slices.ipynb #c003
+# %% ../../nbs/data/03_slices.ipynb #c005
 @dataclass(frozen=True)
 class Preparation:
     "What happens to a volume before a network sees it; stored with the weights, so that prediction repeats it exactly."
@@ -63,7 +63,7 @@ class Preparation:
                                       expected=f"some of {sorted(cls.__dataclass_fields__)}")
         return cls(**values)
 
-# %% ../../nbs/data/03_slices.ipynb #c004
+# %% ../../nbs/data/03_slices.ipynb #c006
 def slice_axis(
     image:nib.Nifti1Image,  # any 3D image
 ) -> int:                   # 0, 1 or 2
@@ -143,7 +143,7 @@ def restore_probabilities(
         label[better], best[better] = c, p[better]
     return nib.Nifti1Image(label, reference.affine)
 
-# %% ../../nbs/data/03_slices.ipynb #c005
+# %% ../../nbs/data/03_slices.ipynb #c011
 @dataclass(frozen=True)
 class PreparedCase:
     "A case that lies ready on disk."
@@ -177,7 +177,7 @@ def fingerprint(
     files = [*case.images, *([case.label] if labels else [])]
     try: stamps = [(str(Path(f).resolve()), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     except OSError as error:
-        raise DatasetError("a file of the case cannot be read", file=error.filename, fix="check the collection") from error
+        raise DatasetError("cannot be read", file=error.filename, fix="check the collection") from error
     rule = (preparation.intensity, preparation.spacing, preparation.inplane, sorted(map(int, classes)), "layout 1")
     return hashlib.sha256(repr((stamps, rule)).encode()).hexdigest()[:16]
 
@@ -207,7 +207,7 @@ def write_prepared(
     if classes is not None:
         y = prepared_frame(load_label(case.label, classes), preparation, order=0)
         if not same_grid(y, frame):
-            raise GeometryError("image and label are on different grids", file=case.label, found=y.shape, expected=frame.shape)
+            raise GeometryError("the label is not on the image's grid", file=case.label, found=y.shape, expected=frame.shape)
         arrays["label"] = np.ascontiguousarray(np.asarray(y.dataobj).transpose(2, 0, 1), dtype=np.uint8)
         arrays["foreground"] = sample_foreground(arrays["label"])
     for name, array in arrays.items():
@@ -250,10 +250,10 @@ def prepare_cases(
         ready.append(read_prepared(case.id, stem))
     channels = sorted({c.shape[0] for c in ready})
     if len(channels) > 1:
-        raise ShapeError("the cases differ in their channels", file=collection.path, found=channels, expected="one number")
+        raise ShapeError("cases differ in their channels", file=collection.path, found=channels, expected="one number")
     return ready
 
-# %% ../../nbs/data/03_slices.ipynb #c006
+# %% ../../nbs/data/03_slices.ipynb #c016
 def overlap(
     have:int,  # voxels there are
     want:int,  # voxels wanted
@@ -277,7 +277,7 @@ def fit(
     return out
 
 class SliceDataset(Dataset):
-    "All slices of some cases: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), k neighbours a side."
+    "All slices: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), with k neighbours on either side."
     def __init__(self,
         collection,                             # Collection
         cases=None,                             # list of Case; None takes all
@@ -324,7 +324,7 @@ class SliceDataset(Dataset):
         index = int(index)
         return self.__getitems__([index + len(self) if index < 0 else index])[0]
 
-# %% ../../nbs/data/03_slices.ipynb #c007
+# %% ../../nbs/data/03_slices.ipynb #c020
 class PatchDataset(Dataset):
     "Random 3D windows: item -> (image (C,*patch) float32, label (*patch) int64), placed by (seed, epoch, item) alone."
     def __init__(self,
@@ -354,7 +354,7 @@ class PatchDataset(Dataset):
         rng,          # numpy Generator
     ) -> list:        # (3,) first voxel of the window, negative where the volume is smaller
         "Where a window starts: around a random voxel of a random class, or anywhere."
-        room = np.array(case.shape[1:]) - self.patch                                 # (3,) negative: the volume is smaller
+        room = np.array(case.shape[1:]) - self.patch                                 # (3,) negative where too small
         spots = np.load(case.foreground) if rng.random() < self.foreground else ()
         if len(spots):
             spots = spots[spots[:,0] == rng.choice(np.unique(spots[:,0]))]
@@ -376,7 +376,7 @@ class PatchDataset(Dataset):
         label[wx,wy,wz] = case.open_label()[rz,rx,ry].transpose(1, 2, 0)             # (Z,X,Y) -> (X,Y,Z)
         return torch.from_numpy(image), torch.from_numpy(label)
 
-# %% ../../nbs/data/03_slices.ipynb #c008
+# %% ../../nbs/data/03_slices.ipynb #c024
 class Augment:
     "Random flips, turns, sizes and intensities of a batch, each sample its own; labels are moved by nearest neighbour."
     def __init__(self,
@@ -425,7 +425,7 @@ class Augment:
         return image.contiguous(), label.to(y.dtype).contiguous()
 
     def _shade(self, x, gain, offset, bend):
-        "(1+gain) (u + 2 bend u (1-u)) + offset, where u in [0,1] is the sample's range: the curve bends, its ends stay."
+        "(1+gain) (u + 2 bend u (1-u)) + offset, u in [0,1] within the sample's range: the curve bends, its ends stay."
         low, span = x.flatten(1).amin(1), span_of(x)                                 # (B,)
         a, b = (1 + gain)*(1 + 2*bend), (1 + gain)*2*bend                            # low + span (offset + a u - b u^2)
         curve = (-b/span, a + 2*b*low/span, low + span*offset - a*low - b*low*low/span)
@@ -454,7 +454,7 @@ def mirror(
     axes = [[lead + a for a, sign in enumerate(row) if sign < 0] for row in signs.tolist()]
     return torch.stack([sample.flip(a) for sample, a in zip(x, axes, strict=True)])
 
-# %% ../../nbs/data/03_slices.ipynb #c009
+# %% ../../nbs/data/03_slices.ipynb #c035
 class EpochSampler(Sampler):
     "The order of an epoch, which depends only on (seed, epoch)."
     def __init__(self,
