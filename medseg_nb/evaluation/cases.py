@@ -157,12 +157,13 @@ def table_to_latex(
     cells = table_cells(frame, metrics)
     line = lambda row: "  " + " & ".join(map(_tex, row)) + r" \\"
     *classes, mean = map(line, cells.reset_index().to_numpy())
-    body = [r"  \toprule", line(["class", *cells.columns]), r"  \midrule", *classes, r"  \midrule", mean, r"  \bottomrule"]
-    head = [r"\begin{table}", rf"\caption{{{_tex(table_caption(frame))}}}", rf"\begin{{tabular}}{{l{'c'*len(cells.columns)}}}"]
-    return "\n".join([*head, *body, r"\end{tabular}", r"\end{table}", ""])
+    head = [r"\begin{table}", rf"\caption{{{_tex(table_caption(frame))}}}",
+            r"\begin{tabular}{l" + "c"*len(cells.columns) + "}", r"  \toprule", line(["class", *cells.columns])]
+    body = [r"  \midrule", *classes, r"  \midrule", mean]
+    return "\n".join([*head, *body, r"  \bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
-TEX = str.maketrans({"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-                     **{c: "\\" + c for c in "_%&#${}"}})
+TEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+                     "±": r"$\pm$", "–": "--", **{c: "\\" + c for c in "_%&#${}"}})
 
 def _tex(text):
     "Text with TeX's special characters escaped."
@@ -188,7 +189,8 @@ def plot_metrics(
 def _boxes(ax, values):
     "A box and the points of each class; missing values are counted under its name."
     rng, tilt = np.random.default_rng(0), len(values) > 4
-    ax.boxplot([v.dropna() for v in values.values()], showfliers=False, widths=0.6, medianprops={"color": "#D55E00", "lw": 2})
+    ax.boxplot([v.dropna() for v in values.values()], showfliers=False, widths=0.6,
+               medianprops={"color": "#D55E00", "lw": 2})
     for i, v in enumerate(values.values(), start=1):
         ax.plot(i + rng.uniform(-0.15, 0.15, len(v)), v, "o", ms=4, color="#0072B2", alpha=0.6)
     labels = [f"{c}\n({v.isna().sum()} nan)" if v.isna().any() else str(c) for c, v in values.items()]
@@ -204,4 +206,5 @@ def worst_cases(
     _check_metric(metric, frame)
     by_case = frame.groupby("case", sort=False)[metric]
     table = pd.DataFrame({metric: by_case.mean(), "nan": by_case.apply(lambda v: v.isna().sum())})
-    return table.sort_values(metric, ascending=metric not in IN_MM, na_position="first", kind="stable").head(n).reset_index()
+    worst_first = table.sort_values(metric, ascending=metric not in IN_MM, na_position="first", kind="stable")
+    return worst_first.head(n).reset_index()
