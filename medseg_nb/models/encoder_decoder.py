@@ -174,7 +174,7 @@ class UNetDecoder(nn.Module):
         encoder:nn.Module,         # gives `channels`, `strides`, `spatial_dims`
         channels_in:int,           # channels of what the slot gives
         classes:int,               # Z, background included
-        widths:tuple|None=None,    # channels per level, deepest first; by default the encoder's, capped at 256
+        widths:tuple|None=None,    # channels per level, deepest first; by default the encoder's, at most 256, 128, 64, ...
         norm:str="batch",          # "batch" or "instance"
         blocks:int=2,              # convolution blocks per level
     ):
@@ -182,7 +182,7 @@ class UNetDecoder(nn.Module):
         dims, skips = encoder.spatial_dims, list(encoder.channels[:-1])[::-1]
         folds = getattr(encoder, "folds", False)
         if encoder.strides[0] == 2 and not folds: skips.append(0)
-        widths = widths or [min(c or skips[-2]//2 or 16, 256) for c in skips]
+        widths = widths or [min(c or 16, 256 // 2**i) for i, c in enumerate(skips)]
         inputs = (channels_in, *widths[:-1])
         self.levels = nn.ModuleList(DecoderLevel(i, s, o, dims, norm, blocks) for i, s, o in zip(inputs, skips, widths))
         self.head = conv_layer(dims)(widths[-1], classes * 2**dims if folds else classes, 1)
