@@ -65,6 +65,13 @@ def _read_json(path):
         raise DatasetError("is not a JSON object", file=path, found=type(content).__name__, expected="{...}")
     return content
 
+def _field(info, key, kind, default, file):
+    "A field of a JSON object, `default` where it is missing, a `DatasetError` where it is of another kind."
+    value = default if info.get(key) is None else info[key]
+    if not isinstance(value, kind):
+        raise DatasetError(f"has a wrong {key!r}", file=file, found=repr(value)[:60], expected=kind.__name__)
+    return value
+
 def read_classes(
     labels,     # {"0": "background"} (MSD) or {"background": 0} (nnU-Net)
     file=None,  # named in errors
@@ -74,8 +81,8 @@ def read_classes(
         raise DatasetError("says nothing about classes", file=file, found=labels,
                            expected='"labels": {"background": 0, ...}')
     pairs = [(v, k) if isinstance(v, int) and not k.isdigit() else (k, v) for k, v in labels.items()]
-    try: classes = {int(i): str(name) for i, name in pairs}
-    except (TypeError, ValueError) as error:
+    try: classes = {int(i): name.strip() for i, name in pairs}
+    except (AttributeError, TypeError, ValueError) as error:
         raise LabelError("has classes that are no plain ids", file=file, found=labels, expected="one id a class",
                          fix="regions (lists of ids) are not supported: give each id its own name") from error
     if len(classes) < len(labels) or sorted(classes) != list(range(len(classes))) or len(classes) < 2:
@@ -109,8 +116,9 @@ def _listed_cases(path, entries, n):
     cases = []
     for entry in entries:
         image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
-        if not isinstance(image, str):
-            raise DatasetError("lists a case without an image", file=path/"dataset.json", found=entry)
+        if not isinstance(image, str) or not isinstance(label, str | None):
+            raise DatasetError("lists a case without file names", file=path/"dataset.json", found=repr(entry)[:60],
+                               expected='{"image": "...", "label": "..."}')
         image, ending = path/image, _ending(image)
         id = image.name.removesuffix(ending)
         cases.append(Case(id, _images(image.parent, id, ending, n), path/label if label else None))
@@ -140,10 +148,11 @@ def _read_splits(path):
     "splits.json as {part: [ids]}, or None where there is none."
     file = path/"splits.json"
     if not file.exists(): return None
-    splits = _read_json(file)
-    if set(splits) != set(_PARTS) or not all(isinstance(ids, list) for ids in splits.values()):
-        raise DatasetError("is not a split", file=file, found=sorted(splits), expected=f"id lists under {_PARTS}")
-    ids = [str(id) for part in splits.values() for id in part]
+    found = _read_json(file)
+    splits = {part: _field(found, part, list, [], file) for part in _PARTS}
+    ids = [id for part in splits.values() for id in part]
+    if set(found) != set(_PARTS) or not all(isinstance(id, str) for id in ids):
+        raise DatasetError("is not a split", file=file, found=sorted(found), expected=f"lists of ids under {_PARTS}")
     twice = [id for id in ids if ids.count(id) > 1]
     if twice: raise DatasetError("puts a case into two parts", file=file, found=twice[0])
     return splits
@@ -166,27 +175,30 @@ def load_collection(
     cases, test_cases = _both_parts(path, info, len(channels))
     classes = read_classes(info.get("labels"), file)
     collection = Collection(path, str(info.get("name") or path.name), classes, channels, cases, test_cases,
-                            _read_splits(path), info.get("group"), str(info.get("description", "")))
+                            _read_splits(path), _field(info, "group", str, "", file) or None,
+                            str(info.get("description", "")))
+    for case in cases: subject_of(case.id, collection.group)   # a pattern that does not fit is found here
     if check: check_collection(collection)
     return collection
 
 def _both_parts(path, info, n):
     "(training cases, test cases) from the lists of an MSD file, or from the folders."
-    if isinstance(info.get("training"), list):
-        cases, tests = _listed_cases(path, info["training"], n), _listed_cases(path, info.get("test") or [], n)
+    file = path/"dataset.json"
+    if "training" in info:
+        cases, tests = (_listed_cases(path, _field(info, key, list, [], file), n) for key in ("training", "test"))
     else:
-        ending = _ending(info.get("file_ending", ".nii.gz"))
+        ending = _ending(_field(info, "file_ending", str, ".nii.gz", file))
         cases, tests = _found_cases(path, "Tr", ending, n), _found_cases(path, "Ts", ending, n)
     for case in cases:
         if case.label is None or not case.label.is_file():
             raise DatasetError("has no label", file=case.images[0], expected=case.label or "a label in dataset.json",
                                fix="add it, or move the image to imagesTs")
     if not cases: raise DatasetError("holds no case", file=path, expected="images in imagesTr, labels in labelsTr")
-    ids, declared = [case.id for case in cases], info.get("numTraining", len(cases))
+    ids, declared = [case.id for case in cases], _field(info, "numTraining", int, len(cases), file)
     twice = [id for id in ids if ids.count(id) > 1]
-    if twice: raise DatasetError("lists a case twice", file=path/"dataset.json", found=twice[0])
+    if twice: raise DatasetError("lists a case twice", file=file, found=twice[0])
     if declared != len(cases):
-        raise DatasetError("numTraining does not fit", file=path/"dataset.json", found=declared, expected=len(cases),
+        raise DatasetError("numTraining does not fit", file=file, found=declared, expected=len(cases),
                            fix="correct it, or restore the missing files")
     return cases, tests
 
@@ -223,7 +235,9 @@ def subject_of(
 ) -> str:
     "The person a case comes from: `group`, else the id up to `_frame` or `-IM-`; raises `DatasetError`."
     if group is None: return re.split(r"_frame|-IM-", case_id)[0]
-    match = re.search(group, case_id)
+    try: match = re.search(group, case_id)
+    except re.error as error:
+        raise DatasetError("the subject pattern is no regular expression", found=group, expected=str(error)) from error
     if not match: raise DatasetError("the subject pattern does not fit a case", found=case_id, expected=group)
     return match[1] if match.re.groups else match[0]
 

@@ -65,8 +65,9 @@ def _reading(path):
     except MedsegError: raise
     except FileNotFoundError as error: raise DatasetError("does not exist", file=path) from error
     except Exception as error:
-        raise DatasetError("cannot be read as NIfTI: empty, truncated or damaged", file=path,
-                           found=f"{type(error).__name__}: {error}", fix="copy it again from its source") from error
+        found = " ".join(f"{type(error).__name__}: {error}".split())   # on one line
+        raise DatasetError("cannot be read as NIfTI: empty, truncated or damaged", file=path, found=found,
+                           fix="copy it again from its source") from error
 
 def open_volume(
     path,                  # NIfTI file
@@ -301,9 +302,9 @@ def save_volume(
         return path
     names = json.dumps({"classes": {str(i): name for i, name in classes.items()}}, ensure_ascii=False)
     img.header.extensions.append(nib.nifti1.Nifti1Extension("comment", names.encode()))
-    with write_atomically(path) as temporary, write_atomically(names_file(path)) as beside:
-        nib.save(img, temporary)
+    with write_atomically(names_file(path)) as beside, write_atomically(path) as temporary:
         beside.write_text(names, encoding="utf-8")
+        nib.save(img, temporary)
     return path
 
 def names_file(
