@@ -17,13 +17,13 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python -m medseg_nb.demo
+	$(BIN)/medseg demo
 
 test: $(READY)
 	$(BIN)/python tests/check_drift.py
 	$(BIN)/ruff check .
-	$(BIN)/python tests/run_notebooks.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing --cell-timeout 120
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=nbs index.ipynb

@@ -198,9 +198,10 @@ def pad_to_multiple(
     x:Tensor,      # (B,C,*S)
     multiple:int,  # pixels, > 0
 ) -> Tensor:       # (B,C,*S') with every S' a multiple
-    "Repeat the far edges until every side is a multiple."
+    "Repeat the far edges until every side is a multiple; an image of one multiple gets a second, as one token has no statistics to normalise by."
     sides = x.shape[2:]
     extra = [(-s) % multiple for s in reversed(sides)]  # F.pad counts from the last axis
+    if all(s <= multiple for s in sides): extra[0] += multiple
     if not any(extra): return x
     return F.pad(x, [v for e in extra for v in (0, e)], mode="replicate")
 
