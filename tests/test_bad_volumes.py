@@ -334,7 +334,8 @@ anything = st.recursive(
     simple,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("012a", max_size=2), inner, max_size=3),
     max_leaves=5)
-KEYS = ["name", "description", "modality", "channel_names", "labels", "training", "test", "numTraining", "file_ending", "group"]
+KEYS = ["name", "description", "modality", "channel_names", "labels", "training", "test", "numTraining", "file_ending",
+        "group"]
 
 
 @given(key=st.sampled_from(KEYS), value=anything)
