@@ -10,74 +10,83 @@ from torch import Tensor, nn
 
 from ..core import ShapeError
 
-# %% ../../nbs/blocks/01_disconx.ipynb #c003
+# %% ../../nbs/blocks/01_disconx.ipynb #c010
 def to_tokens(
-    z:Tensor,  # (B,C,*S) feature map, one, two or three spatial dimensions
+    z:Tensor,  # (B,C,*S) map with one, two or three spatial dimensions
 ) -> Tensor:   # (B,n,C), n = product of S
-    "Lay a feature map out as a row of tokens; raises `ShapeError` unless it has at least one position."
-    if not 3 <= z.dim() <= 5 or z[0, 0].numel() == 0:
-        raise ShapeError("not a feature map", found=tuple(z.shape), expected="(B,C,*S), one to three spatial dimensions, none empty")
+    "Lay a map out as tokens, row by row; raises `ShapeError` if it is no map or has no position."
+    if not 3 <= z.dim() <= 5 or z.numel() == 0:
+        raise ShapeError("not a feature map", found=tuple(z.shape),
+                         expected="(B,C,*S), one to three spatial dimensions, none empty")
     return z.flatten(2).mT  # (B,C,*S) -> (B,C,n) -> (B,n,C)
 
 def split_heads(
     x:Tensor,   # (B,n,C) tokens
     heads:int,  # divides C
-) -> Tensor:    # (B,heads,n,C/heads)
+) -> Tensor:    # (B,heads,n,d), d = C/heads
     "Give every head its own slice of the channels."
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B,n,C) -> (B,n,heads,d) -> (B,heads,n,d)
 
 def merge_heads(
     x:Tensor,  # (B,heads,n,d)
-) -> Tensor:   # (B,n,heads*d)
-    "Concat of eq. 4, SynergyNet: the heads side by side again."
+) -> Tensor:   # (B,n,C)
+    "Put the heads side by side again: Concat of eq. 4, SynergyNet."
     return x.transpose(1, 2).flatten(2)  # (B,heads,n,d) -> (B,n,heads,d) -> (B,n,C)
 
-# %% ../../nbs/blocks/01_disconx.ipynb #c004
+# %% ../../nbs/blocks/01_disconx.ipynb #c012
 class MultiHead(nn.Module):
-    "The four learned matrices of multi-head attention and their shapes: Wq, Wk, Wv and W^O, no bias."
+    "The four learned matrices of multi-head attention, Wq, Wk, Wv and W^O, without bias: eq. 4, SynergyNet."
     def __init__(self,
-        dim:int,    # channels of the feature map, >= 1
+        dim:int,    # channels of the map, >= 1
         heads:int,  # number of heads, divides dim (else `ShapeError`)
     ):
         super().__init__()
-        if heads < 1 or dim < 1 or dim % heads:
-            raise ShapeError("heads do not divide the width", found=f"dim={dim}, heads={heads}", expected="dim a positive multiple of heads",
-                             fix=f"take heads from {[h for h in range(1, dim+1) if dim % h == 0][:8]} or change dim")
+        if dim < 1 or heads < 1 or dim % heads:
+            fitting = [h for h in range(1, max(dim, 0)+1) if dim % h == 0]
+            raise ShapeError("heads do not divide the width", found=f"dim={dim}, heads={heads}",
+                             expected="dim a positive multiple of heads",
+                             fix=f"take heads from {fitting[:10]} or change dim")
         self.dim, self.heads = dim, heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+    def extra_repr(self): return f"dim={self.dim}, heads={self.heads}"
     def tokens(self,
         z:Tensor,  # (B,dim,*S)
     ) -> Tensor:   # (B,n,dim)
-        "Lay `z` out as tokens; raises `ShapeError` if its channels are not `dim`."
-        if z.dim() > 1 and z.shape[1] != self.dim:
-            raise ShapeError("wrong number of channels", found=tuple(z.shape), expected=f"(B,{self.dim},*S)", fix="build the block with the map's width")
-        return to_tokens(z)
+        "Lay `z` out as tokens; raises `ShapeError` if it has other than `dim` channels."
+        x = to_tokens(z)
+        if x.shape[-1] != self.dim:
+            raise ShapeError("wrong number of channels", found=tuple(z.shape), expected=f"(B,{self.dim},*S)",
+                             fix=f"build the block with dim={x.shape[-1]}")
+        return x
     def project(self,
-        heads:Tensor,  # (B,heads,n,d) result of each head
-        like:Tensor,   # (B,dim,*S) map whose shape to return
-    ) -> Tensor:       # (B,dim,*S)
-        "Concat(z_1, ..., z_h) W^O, back in the shape of a map: eq. 4, SynergyNet."
-        return self.out(merge_heads(heads)).mT.reshape(like.shape)  # (B,n,dim) -> (B,dim,n) -> (B,dim,*S)
+        x:Tensor,     # (B,heads,n,d) what each head found
+        like:Tensor,  # (B,dim,*S) map that gives the shape
+    ) -> Tensor:      # (B,dim,*S)
+        "Concat(z_1, ..., z_h) W^O, laid out as a map again: eq. 4, SynergyNet."
+        return self.out(merge_heads(x)).mT.reshape(like.shape)  # (B,n,dim) -> (B,dim,n) -> (B,dim,*S)
 
+# %% ../../nbs/blocks/01_disconx.ipynb #c014
 class DisConX(MultiHead):
-    "Cross-attention from the discrete to the continuous map: eq. 5, SynergyNet."
+    "Cross-attention in which the discrete map asks and the continuous map answers: eq. 5, SynergyNet."
     def _query_key(self, z_dis, z_con):
-        "Queries from the discrete map, keys from the continuous one, both (B,heads,n,d)."
+        "Queries of the discrete and keys of the continuous map, both (B,heads,n,d)."
         if z_dis.shape != z_con.shape:
-            raise ShapeError("the two maps differ", found=f"{tuple(z_dis.shape)} and {tuple(z_con.shape)}", expected="one shape (B,C,*S)")
-        return split_heads(self.query(self.tokens(z_dis)), self.heads), split_heads(self.key(self.tokens(z_con)), self.heads)
+            raise ShapeError("the two maps differ in shape", found=f"{tuple(z_dis.shape)} and {tuple(z_con.shape)}",
+                             expected="the same (B,C,*S), one quantized from the other")
+        q, k = self.query(self.tokens(z_dis)), self.key(self.tokens(z_con))
+        return split_heads(q, self.heads), split_heads(k, self.heads)
     def forward(self,
-        z_dis:Tensor,  # (B,dim,*S) quantized map: asks
-        z_con:Tensor,  # (B,dim,*S) continuous map: answers
+        z_dis:Tensor,  # (B,dim,*S) quantized map
+        z_con:Tensor,  # (B,dim,*S) map before quantization
     ) -> Tensor:       # (B,dim,*S)
-        "z_dc of eq. 5; raises `ShapeError` where the two maps differ in shape."
+        "z_dc of eq. 5; raises `ShapeError` if the maps do not fit each other or the block."
         q, k = self._query_key(z_dis, z_con)                                 # (B,heads,n,d)
         v = split_heads(self.value(self.tokens(z_con)), self.heads)          # (B,heads,n,d)
-        return self.project(F.scaled_dot_product_attention(q, k, v), z_dis)  # eq. 2-4, n x n never built
+        return self.project(F.scaled_dot_product_attention(q, k, v), z_dis)  # eq. 2 to 4
     def attention(self,
         z_dis:Tensor,  # (B,dim,*S)
         z_con:Tensor,  # (B,dim,*S)
-    ) -> Tensor:       # (B,heads,n,n), rows sum to 1
-        "The weights A_soft of eq. 2, for pictures: row i is where query i looks."
+    ) -> Tensor:       # (B,heads,n,n), every row sums to 1
+        "The weights of eq. 2: row i says where query i looks. For pictures; `forward` never builds them."
         q, k = self._query_key(z_dis, z_con)
-        return (q @ k.mT * q.shape[-1]**-0.5).softmax(-1)  # (B,heads,n,d) @ (B,heads,d,n)
+        return (q @ k.mT / q.shape[-1]**0.5).softmax(-1)  # (B,heads,n,d) @ (B,heads,d,n)

@@ -101,7 +101,8 @@ class HardAttention(MultiHead):
     def _choose(self, x):
         "Queries divided by sqrt(d) and keys (G,n,d), and the winners (G,n), of tokens (B,n,dim)."
         if self.exclude_self and x.shape[1] < 2:
-            raise ShapeError("a single token has nobody else to choose", found="1 token", expected="2 or more", fix="use exclude_self=False")
+            raise ShapeError("a single token has nobody else to choose", found="1 token",
+                             expected="2 or more", fix="use exclude_self=False")
         q, k = self._heads(x, self.query) * (self.dim//self.heads)**-0.5, self._heads(x, self.key)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return q, k, find_winners(q, k, self.exclude_self)
