@@ -515,7 +515,7 @@ def describe_phantom(
 
 def _check_request(kind, n_cases, seed, shape) -> None:
     "Raise a `MedsegError` for a kind that is not there, no cases, a negative seed or an impossible shape."
-    if kind not in PHANTOM_KINDS:
+    if not isinstance(kind, str) or kind not in PHANTOM_KINDS:
         raise MedsegError("no such kind of phantom", found=repr(kind), expected=f"one of {', '.join(PHANTOM_KINDS)}")
     for name, value, least in (("n_cases", n_cases, 1), ("seed", seed, 0)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
@@ -531,11 +531,12 @@ def _already_made(
 ) -> bool:
     "Whether the folder already holds exactly this phantom; raises `DatasetError` if it holds anything else."
     if not path.exists() or (path.is_dir() and not any(path.iterdir())): return False
-    try: found = json.loads((path/"dataset.json").read_text())
-    except (OSError, ValueError): found = {}
-    files = [path/case[part] for case in found.get("training", []) for part in ("image", "label")]
-    if found.get("phantom") == request and all(f.is_file() for f in files): return True
-    raise DatasetError("there is something else here already", file=path, found=found.get("phantom", "other files"),
+    try: found = json.loads((path/"dataset.json").read_text())["phantom"]
+    except (OSError, ValueError, KeyError, TypeError): found = "other files"
+    names = [case_id(request["kind"], i) for i in range(request["n_cases"])]
+    files = [path/part/f"{name}.nii.gz" for part in ("imagesTr", "labelsTr") for name in names]
+    if found == request and all(f.is_file() for f in files): return True
+    raise DatasetError("there is something else here already", file=path, found=found,
                        expected="a new or empty folder", fix="choose another folder, or remove this one")
 
 @contextmanager

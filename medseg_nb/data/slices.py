@@ -207,7 +207,7 @@ def write_prepared(
     if classes is not None:
         y = prepared_frame(load_label(case.label, classes), preparation, order=0)
         if not same_grid(y, frame):
-            raise GeometryError("the label is not on the image's grid", file=case.label, found=y.shape, expected=frame.shape)
+            raise GeometryError("label and image differ in grid", file=case.label, found=y.shape, expected=frame.shape)
         arrays["label"] = np.ascontiguousarray(np.asarray(y.dataobj).transpose(2, 0, 1), dtype=np.uint8)
         arrays["foreground"] = sample_foreground(arrays["label"])
     for name, array in arrays.items():
@@ -255,11 +255,12 @@ def prepare_cases(
 
 # %% ../../nbs/data/03_slices.ipynb #c016
 def overlap(
-    have:int,  # voxels there are
-    want:int,  # voxels wanted
-    start:int, # where the wanted window starts; may be negative
-) -> tuple:    # slice to read, slice to write
+    have:int,   # voxels there are
+    want:int,   # voxels wanted
+    start=None, # where the wanted window starts, may be negative; None: the middle stays the middle
+) -> tuple:     # slice to read, slice to write
     "Which part of a window lies in the data, and where in the window it goes."
+    if start is None: start = have//2 - want//2        # cutting undoes filling, odd sizes included
     first, last = max(start, 0), min(start + want, have)
     return slice(first, last), slice(first - start, last - start)
 
@@ -270,14 +271,14 @@ def fit(
 ) -> np.ndarray:
     "Cut or fill around the centre."
     lead = x.ndim - len(size)
-    pairs = [overlap(have, want, (have - want)//2) for have, want in zip(x.shape[lead:], size, strict=True)]
+    pairs = [overlap(have, want) for have, want in zip(x.shape[lead:], size, strict=True)]
     out = np.full((*x.shape[:lead], *size), low, x.dtype)
     every = (slice(None),)*lead
     out[every + tuple(w for _, w in pairs)] = x[every + tuple(r for r, _ in pairs)]
     return out
 
 class SliceDataset(Dataset):
-    "All slices: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), with k neighbours on either side."
+    "All slices: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), k neighbours on either side."
     def __init__(self,
         collection,                             # Collection
         cases=None,                             # list of Case; None takes all
@@ -307,7 +308,7 @@ class SliceDataset(Dataset):
         number, z = self.where(index)
         case, k = self.prepared[number], self.neighbours
         volume = case.open_image()
-        (rx, wx), (ry, wy) = (overlap(n, self.size, (n - self.size)//2) for n in case.shape[1:3])
+        (rx, wx), (ry, wy) = (overlap(n, self.size) for n in case.shape[1:3])
         image[:] = np.tile(np.asarray(case.low, np.float32), 2*k + 1)[:,None,None]
         image = image.reshape(2*k + 1, -1, self.size, self.size)                     # (2k+1,C,size,size)
         for j in range(2*k + 1): image[j,:,wx,wy] = volume[min(max(z + j - k, 0), case.shape[3] - 1),:,rx,ry]
@@ -360,7 +361,8 @@ class PatchDataset(Dataset):
             spots = spots[spots[:,0] == rng.choice(np.unique(spots[:,0]))]
             start = spots[rng.integers(len(spots)), 1:] - np.array(self.patch)//2
         else: start = rng.integers(np.maximum(room, 0) + 1)
-        return np.where(room < 0, room//2, np.clip(start, 0, np.maximum(room, 0))).tolist()
+        middle = np.array(case.shape[1:])//2 - np.array(self.patch)//2
+        return np.where(room < 0, middle, np.clip(start, 0, np.maximum(room, 0))).tolist()
 
     def __getitem__(self, index) -> tuple:
         index = int(index)
@@ -426,11 +428,10 @@ class Augment:
 
     def _shade(self, x, gain, offset, bend):
         "(1+gain) (u + 2 bend u (1-u)) + offset, u in [0,1] within the sample's range: the curve bends, its ends stay."
-        low, span = x.flatten(1).amin(1), span_of(x)                                 # (B,)
-        a, b = (1 + gain)*(1 + 2*bend), (1 + gain)*2*bend                            # low + span (offset + a u - b u^2)
-        curve = (-b/span, a + 2*b*low/span, low + span*offset - a*low - b*low*low/span)
-        square, line, constant = (spread(c, x) for c in curve)
-        return (square*x).add_(line).mul_(x).add_(constant)
+        low, span = spread(x.flatten(1).amin(1), x), spread(span_of(x), x)           # (B,1,...,1)
+        gain, offset, bend = (spread(c, x) for c in (1 + gain, offset, 2*bend))
+        above = x - low                                                              # span u
+        return (above*(-gain*bend/span)).add_(gain*(1 + bend)).mul_(above).add_(low + span*offset)
 
 def span_of(
     x:Tensor,     # (B,...)
