@@ -3,10 +3,11 @@
     python benchmarks/attention.py              # two or three minutes on 2 cores
     python benchmarks/attention.py --rounds 21 --threads 1 --cpu-time
 
-Rows work on queries, keys and values (B, heads, n, d) that are already projected, so that they differ in the attention
-alone; the last table compares whole modules. Times are medians of interleaved rounds (the order turns by one each
-round); compare the ratios, not the milliseconds. Memory is the most that tensors took at once during forward + backward, beyond
-the inputs that were there before: on a CPU from the profiler's list of allocations, on a GPU from the allocator.
+Rows work on queries, keys and values (B, heads, n, d) that are already projected, so that they differ in the
+attention alone; the last table compares whole modules. Times are medians of interleaved rounds (the order turns by
+one each round); compare the ratios, not the milliseconds. Memory is the most that tensors took at once during forward
++ backward, beyond the inputs that were there before: on a CPU from the profiler's list of allocations, on a GPU from
+the allocator.
 """
 import argparse
 import itertools
