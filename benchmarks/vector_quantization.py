@@ -4,8 +4,8 @@
     python benchmarks/vector_quantization.py --rounds 21 --threads 1
 
 Times are medians of interleaved rounds (the order turns by one each round); compare the ratios, not the milliseconds.
-Memory is the most that tensors took at once during a step, beyond the inputs and weights that were there before: on a CPU
-from the profiler's list of allocations, on a GPU from the allocator.
+Memory is the most that tensors took at once during a step, beyond the inputs and weights that were there before: on a
+CPU from the profiler's list of allocations, on a GPU from the allocator.
 """
 import argparse
 import itertools
@@ -68,19 +68,20 @@ def inputs(size, device):
     "Tokens that need a gradient, and the gradient of the output."
     B, side, dim, _ = size
     torch.manual_seed(0)
-    return torch.randn(B, dim, side, side, device=device, requires_grad=True), torch.randn(B, dim, side, side, device=device)
+    z, weight = torch.randn(2, B, dim, side, side, device=device)
+    return z.requires_grad_(), weight
 
 
-def times(names, size, rounds, device):
+def times(names, size, rounds, device, clock=time.perf_counter):
     "Median milliseconds of each version, timed in turn."
     z, weight = inputs(size, device)
     modules = {name: build(name, size[2], size[3]).to(device) for name in names}
     record = {name: [] for name in names}
     for r in range(rounds + 1):
         for name in names[r % len(names):] + names[:r % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             step(modules[name], z, weight)
-            if r: record[name].append(1e3*(time.perf_counter() - start))   # round 0 warms up
+            if r: record[name].append(1e3*(clock() - start))   # round 0 warms up
     return {name: sorted(values)[len(values)//2] for name, values in record.items()}
 
 
@@ -102,7 +103,8 @@ def peak(name, size, device):
 
 def table(title, names, size, args):
     "Print one size: time, its ratio to the plain version, memory, its ratio."
-    ms, mib = times(names, size, args.rounds, args.device), {name: peak(name, size, args.device) for name in names}
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    ms, mib = times(names, size, args.rounds, args.device, clock), {name: peak(name, size, args.device) for name in names}
     print(f"\n{title}\n{'':50s}{'ms':>9s}{'ratio':>8s}{'peak MiB':>10s}{'ratio':>8s}")
     for name in names:
         print(f"{name:50s}{ms[name]:9.1f}{ms[name]/ms[PLAIN]:8.2f}{mib[name]:10.0f}{mib[name]/mib[PLAIN]:8.2f}")
@@ -113,6 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time, for a busy machine (with --threads 1)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=list(SIZES), help="one size only")
     args = parser.parse_args()

@@ -39,7 +39,7 @@ def nearest_codes(
     codebook:Tensor,   # (K,C)
     half_norm:Tensor,  # (K,) half the squared length of each code
 ) -> Tensor:           # (m,) int64
-    "The code argmin_k ||z - e_k|| of each token, the lowest index where several are equally near: section 2.1.2, SynergyNet."
+    "argmin_k ||z - e_k|| for each token, the lowest k of equals (section 2.1.2, SynergyNet)."
     return torch.addmm(half_norm, tokens.T, codebook.T, alpha=-1).argmin(1)  # (m,K) -> (m,)
 
 def sum_by_code(
@@ -95,7 +95,7 @@ class Quantized(NamedTuple):
     usage:Tensor       # () share of the codes that this batch used, 0..1
 
 class VectorQuantizer(nn.Module):
-    "Replace each token by its nearest code (section 2.1.2, SynergyNet); raises `ShapeError` or `MedsegError` for sizes and options that do not fit."
+    "Each token's nearest code (section 2.1.2, SynergyNet); raises `MedsegError` for options that do not fit."
     def __init__(self,
         dim:int,                      # channels of a token, >= 1
         codebook_size:int,            # K, >= 1
@@ -112,14 +112,16 @@ class VectorQuantizer(nn.Module):
         else:
             self.register_buffer("codebook", codebook)
             self.register_buffer("ema_count", torch.ones(codebook_size))  # (K,) running number of tokens
-        if restart_after is not None: self.register_buffer("idle", torch.zeros(codebook_size))  # (K,) steps without a token
+        if restart_after is not None:
+            self.register_buffer("idle", torch.zeros(codebook_size))  # (K,) steps without a token
 
     def forward(self,
         z:Tensor,  # (B,C,*S) with C = dim
     ) -> Quantized:
         "Quantize; distances are taken in float32 at least, whatever the type of z."
         if z.ndim < 3 or z.shape[1] != self.dim:
-            raise ShapeError("the tokens do not fit the codebook", found=tuple(z.shape), expected=f"(B, {self.dim}, *S)")
+            raise ShapeError("the tokens do not fit the codebook", found=tuple(z.shape),
+                             expected=f"(B, {self.dim}, *S)")
         dtype = torch.promote_types(torch.promote_types(z.dtype, self.codebook.dtype), torch.float32)
         with torch.autocast(z.device.type, enabled=False):
             flat = z.flatten(2).to(dtype)  # (B,C,n)
@@ -139,7 +141,7 @@ class VectorQuantizer(nn.Module):
         if self.restart_after is not None: self._restart_idle(z, counts)
 
     def _follow_means(self, z, codes, counts):
-        "Running means: N_k <- g N_k + (1-g) n_k, then e_k moves (1-g)/N_k of the way along its tokens' summed differences."
+        "N_k <- g N_k + (1-g) n_k, then e_k <- e_k + (1-g) n_k/N_k (mean of its tokens - e_k)."
         self.ema_count.lerp_(counts.to(self.ema_count), 1 - self.ema_decay)
         sums = sum_over_processes(sum_by_code(z, codes, self.codebook_size))  # (K,C)
         pull = (sums - counts[:,None]*self.codebook)*((1 - self.ema_decay)/self.ema_count.clamp_min(1e-9))[:,None]
@@ -165,10 +167,12 @@ class VectorQuantizer(nn.Module):
 def _check_options(dim, codebook_size, beta, ema_decay, restart_after):
     "Raise for what cannot be a quantizer."
     if dim < 1 or codebook_size < 1:
-        raise ShapeError("a codebook needs codes and channels", found=f"dim={dim}, codebook_size={codebook_size}", expected="both at least 1")
+        raise ShapeError("a codebook needs codes and channels", found=f"dim={dim}, codebook_size={codebook_size}",
+                         expected="both at least 1")
     if beta < 0: raise MedsegError("the commitment weight is negative", found=beta, expected="beta >= 0")
     if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise MedsegError("the decay of the running means does not fit", found=ema_decay, expected="0 <= ema_decay < 1, e.g. 0.99")
+        raise MedsegError("the decay of the running means does not fit", found=ema_decay,
+                          expected="0 <= ema_decay < 1, e.g. 0.99")
     if restart_after is not None and restart_after < 1:
         raise MedsegError("the patience with idle codes does not fit", found=restart_after, expected="at least 1 step")
 
