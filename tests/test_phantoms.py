@@ -37,7 +37,8 @@ def arrays(kind, index, seed=0, shape=None):
 def test_same_seed_same_bytes_in_another_process(kind, tmp_path):
     here = make_phantom(kind, 2, 5, tmp_path / "here", shape=SMALL)
     time.sleep(1.1)  # a gzip time stamp would have moved on
-    code = f"from medseg_nb.data.phantoms import make_phantom; make_phantom({kind!r}, 2, 5, {str(tmp_path / 'there')!r}, shape={SMALL})"
+    request = f"make_phantom({kind!r}, 2, 5, {str(tmp_path / 'there')!r}, shape={SMALL})"
+    code = f"from medseg_nb.data.phantoms import make_phantom; {request}"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert digests(here) == digests(tmp_path / "there")
     assert len(digests(here)) == 5  # two images, two labels, dataset.json

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Preparation', 'slice_axis', 'slices_last', 'prepared_frame', 'opened', 'prepare_image', 'restore', 'on_frame',
            'restore_probabilities', 'PreparedCase', 'cache_folder', 'fingerprint', 'sample_foreground',
-           'write_prepared', 'read_prepared', 'prepare_cases', 'overlap', 'fit', 'SliceDataset', 'PatchDataset',
-           'Augment', 'span_of', 'spread', 'mirror', 'EpochSampler', 'make_loader']
+           'write_prepared', 'read_prepared', 'prepare_cases', 'overlap', 'repeat_edges', 'SliceDataset',
+           'PatchDataset', 'Augment', 'span_of', 'spread', 'mirror', 'EpochSampler', 'make_loader']
 
 # %% ../../nbs/data/03_slices.ipynb #c002
 import hashlib
@@ -153,7 +153,6 @@ class PreparedCase:
     foreground:Path|None   # .npy (M,4) int16: class and x, y, z of random voxels of each class
     spacing:tuple          # (3,) mm of the prepared grid
     shape:tuple            # (C,X,Y,Z)
-    low:tuple              # (C,) smallest value of each channel: what surrounds the image is filled with it
 
     def open_image(self) -> np.ndarray:  # (Z,C,X,Y), read from disk only where it is touched
         "The image, memory-mapped."
@@ -212,7 +211,7 @@ def write_prepared(
         arrays["foreground"] = sample_foreground(arrays["label"])
     for name, array in arrays.items():
         with write_atomically(f"{stem}.{name}.npy") as temporary: np.save(temporary, array)
-    facts = {"spacing": spacing_of(frame).tolist(), "shape": list(x.shape), "low": [float(c.min()) for c in x],
+    facts = {"spacing": spacing_of(frame).tolist(), "shape": list(x.shape),
              "bytes": {name: os.path.getsize(f"{stem}.{name}.npy") for name in arrays}}
     with write_atomically(f"{stem}.json") as temporary: temporary.write_text(json.dumps(facts))
 
@@ -227,7 +226,7 @@ def read_prepared(
         if any(os.path.getsize(f) != facts["bytes"][name] for name, f in files.items()): return None
     except (OSError, ValueError, KeyError): return None
     return PreparedCase(case_id, files["image"], files.get("label"), files.get("foreground"),
-                        tuple(facts["spacing"]), tuple(facts["shape"]), tuple(facts["low"]))
+                        tuple(facts["spacing"]), tuple(facts["shape"]))
 
 def prepare_cases(
     collection,               # Collection
@@ -264,18 +263,14 @@ def overlap(
     first, last = max(start, 0), min(start + want, have)
     return slice(first, last), slice(first - start, last - start)
 
-def fit(
-    x:np.ndarray,  # (..., X, Y) or more: the last len(size) axes are cut or filled
-    size:tuple,    # sizes wanted of the last axes
-    low=0.0,       # what to fill with
-) -> np.ndarray:
-    "Cut or fill around the centre."
-    lead = x.ndim - len(size)
-    pairs = [overlap(have, want) for have, want in zip(x.shape[lead:], size, strict=True)]
-    out = np.full((*x.shape[:lead], *size), low, x.dtype)
-    every = (slice(None),)*lead
-    out[every + tuple(w for _, w in pairs)] = x[every + tuple(r for r, _ in pairs)]
-    return out
+def repeat_edges(
+    image,      # (..., X, Y) or (..., X, Y, Z) array, filled in one block and changed in place
+    *filled,    # slices of the last axes that hold data
+) -> None:
+    "Fill what lies outside the block with its edge, as the models pad too: a constant would upset instance normalisation."
+    for axis, s in zip(range(-len(filled), 0), filled, strict=True):
+        rows = np.moveaxis(image, axis, 0)
+        rows[:s.start], rows[s.stop:] = rows[s.start], rows[s.stop - 1]
 
 class SliceDataset(Dataset):
     "All slices: item -> (image (C*(2k+1),size,size) float32, label (size,size) int64), k neighbours on either side."
@@ -309,9 +304,9 @@ class SliceDataset(Dataset):
         case, k = self.prepared[number], self.neighbours
         volume = case.open_image()
         (rx, wx), (ry, wy) = (overlap(n, self.size) for n in case.shape[1:3])
-        image[:] = np.tile(np.asarray(case.low, np.float32), 2*k + 1)[:,None,None]
         image = image.reshape(2*k + 1, -1, self.size, self.size)                     # (2k+1,C,size,size)
         for j in range(2*k + 1): image[j,:,wx,wy] = volume[min(max(z + j - k, 0), case.shape[3] - 1),:,rx,ry]
+        repeat_edges(image, wx, wy)
         label[wx,wy] = case.open_label()[z,rx,ry]
 
     def __getitems__(self, indices) -> list:
@@ -371,10 +366,10 @@ class PatchDataset(Dataset):
         start = self.corner(case, np.random.default_rng([self.seed, self.epoch, index]))
         windows = zip(case.shape[1:], self.patch, start, strict=True)
         (rx, wx), (ry, wy), (rz, wz) = (overlap(n, p, s) for n, p, s in windows)
-        image = np.empty((len(case.low), *self.patch), np.float32)
-        image[:] = np.asarray(case.low, np.float32)[:,None,None,None]
+        image = np.empty((case.shape[0], *self.patch), np.float32)
         label = np.zeros(self.patch, np.int64)
         image[:,wx,wy,wz] = case.open_image()[rz,:,rx,ry].transpose(1, 2, 3, 0)      # (Z,C,X,Y) -> (C,X,Y,Z)
+        repeat_edges(image, wx, wy, wz)
         label[wx,wy,wz] = case.open_label()[rz,rx,ry].transpose(1, 2, 0)             # (Z,X,Y) -> (X,Y,Z)
         return torch.from_numpy(image), torch.from_numpy(label)
 
