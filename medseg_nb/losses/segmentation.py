@@ -90,10 +90,10 @@ class BCEDice(_SegmentationLoss):
     ) -> dict[str, Tensor]:
         "{'bce': (), 'dice': ()}, both to be minimised; raises `ShapeError`, `LabelError`."
         l, y = _as_tokens(logits, y, self.check_labels)   # (B,Z,N), (B,N)
-        at_truth = l.gather(1, y[:, None])[:, 0]          # (B,N) score of the true class
-        counted, kept = (l, at_truth) if self.background_in_bce else (l[:, 1:], at_truth * (y > 0))
-        bce = (F.softplus(counted).sum() - kept.sum()) / counted.numel()
-        return {"bce": bce, "dice": self._dice(l.sigmoid(), at_truth.sigmoid(), y)}
+        at_truth = l.gather(1, y[:, None])                # (B,1,N) score of the true class
+        flipped = l.scatter(1, y[:, None], -at_truth)     # (B,Z,N) that score with its sign turned
+        bce = F.softplus(flipped[:, 0 if self.background_in_bce else 1:]).mean()
+        return {"bce": bce, "dice": self._dice(l.sigmoid(), at_truth[:, 0].sigmoid(), y)}
 
 class CEDice(_SegmentationLoss):
     "Softmax cross entropy plus one minus soft Dice (TransUNet, nnU-Net)."
