@@ -45,9 +45,9 @@ def train_peer(collection, cases, minutes):
     return model.eval(), steps
 
 
-def score(name, model, collection, cases, preparation, flips=()):
+def score(name, model, collection, cases, preparation):
     "Long table of one model."
-    return evaluate(model, collection, cases, preparation, flips=flips).assign(model=name)
+    return evaluate(model, collection, cases, preparation).assign(model=name)
 
 
 def row(name, frame, model, steps):
@@ -71,12 +71,12 @@ def main():
     for name in args.models.split(","):
         if name == "peer":
             model, steps = train_peer(collection, parts["train"], args.minutes)
-            name, preparation, flips = PEER, Preparation(dims=3, patch=PATCH), ()
+            name, preparation = PEER, Preparation(dims=3, patch=PATCH)
         else:
-            run = train(name, collection, Recipe.teach(minutes=args.minutes, split="id-block"), f"{args.runs}/{name}")
-            model, preparation, flips = run.model, run.preparation, run.recipe.flips
-            steps = int(run.history["step"].iloc[-1]) if "step" in run.history else -1
-        frames.append(score(name, model, collection, parts["test"], preparation, flips))
+            run = train(name, collection, Recipe.teach(collection, minutes=args.minutes, split="id-block"), f"{args.runs}/{name}")
+            model, preparation = run.model, run.preparation
+            steps = int(run.history["step"].iloc[-1])
+        frames.append(score(name, model, collection, parts["test"], preparation))
         rows.append(row(name, frames[-1], model, steps)); print(pd.DataFrame(rows).to_string(index=False), flush=True)
     out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
     pd.concat(frames).to_csv(out/"cases.csv", index=False, float_format="%.5g"); pd.DataFrame(rows).to_csv(out/"summary.csv", index=False)

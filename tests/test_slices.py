@@ -18,7 +18,7 @@ from medseg_nb.data.slices import (
     PatchDataset,
     Preparation,
     SliceDataset,
-    fit,
+    repeat_edges,
     make_loader,
     mirror,
     prepare_cases,
@@ -213,15 +213,14 @@ def test_many_at_once_equal_one_by_one(collection, cache):
 
 
 @settings(max_examples=30, deadline=None)
-@given(have=st.tuples(st.integers(1, 9), st.integers(1, 9)), want=st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_fit_keeps_the_centre(have, want):
-    x = np.arange(1, np.prod(have) + 1, dtype=np.float32).reshape(have)
-    out = fit(x, want, low=-1.0)
-    assert out.shape == want
-    kept = out[out != -1]
-    assert len(kept) == np.prod(np.minimum(have, want)) and set(kept) <= set(x.ravel())
-    if all(h <= w for h, w in zip(have, want, strict=True)):
-        assert np.array_equal(fit(out, have), x)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=3))
+def test_edges_are_repeated_as_numpy_pads(axes):
+    inner = np.random.default_rng(0).random([n for n, _, _ in axes]).astype(np.float32)
+    image = np.full([a + n + b for n, a, b in axes], np.nan, np.float32)
+    filled = tuple(slice(a, a + n) for n, a, _ in axes)
+    image[filled] = inner
+    repeat_edges(image, *filled)
+    assert np.array_equal(image, np.pad(inner, [(a, b) for _, a, b in axes], mode="edge"))
 
 
 def test_a_smaller_size_cuts_around_the_centre(collection, cache):

@@ -6,7 +6,7 @@ __all__ = ['flip_average', 'evaluating', 'slice_batch', 'predict_probabilities',
 # %% ../../nbs/evaluation/01_inference.ipynb #c002
 import tempfile
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import combinations, count
 
 import numpy as np
 import torch
@@ -63,16 +63,18 @@ def _slices(model, x, preparation, device, batch, flips):
 def _windows(model, x, preparation, device, batch, overlap, flips, blend):
     "(Z,X,Y,Z') probabilities of a 3D network, window by window."
     from monai.inferers import sliding_window_inference
-    C, *size = x.shape
+    size = x.shape[1:]
     window = preparation.patch or size
     room = np.maximum(size, window)
-    padded = np.empty((C, *room), np.float32)
-    padded[:] = x.reshape(C, -1).min(1)[:,None,None,None]
-    inside = tuple(slice((r-n)//2, (r-n)//2 + n) for r, n in zip(room, size, strict=True))
-    padded[(slice(None), *inside)] = x
-    answer = lambda w: flip_average(model, w, flips).float()
+    inside = tuple(slice(r//2 - n//2, r//2 - n//2 + n) for r, n in zip(room, size, strict=True))
+    padded = np.pad(x, [(0, 0), *((s.start, r - s.stop) for s, r in zip(inside, room, strict=True))], mode="edge")
+    ticks = iter(progress(count(), "windows"))
+    def answer(w):
+        next(ticks)
+        return flip_average(model, w, flips).float()
     p = sliding_window_inference(torch.from_numpy(padded)[None], window, batch, answer, overlap=overlap, mode=blend,
                                  sw_device=device, device="cpu")
+    ticks.close()
     return p[0].numpy()[(slice(None), *inside)]
 
 # %% ../../nbs/evaluation/01_inference.ipynb #c017

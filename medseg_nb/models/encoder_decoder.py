@@ -187,6 +187,11 @@ class UNetDecoder(nn.Module):
         self.levels = nn.ModuleList(DecoderLevel(i, s, o, dims, norm, blocks) for i, s, o in zip(inputs, skips, widths))
         self.head = conv_layer(dims)(widths[-1], classes * 2**dims if folds else classes, 1)
         self.unfold = UnfoldPixels() if folds else nn.Identity()
+        if folds: self._start_alike(2**dims)
+    @torch.no_grad()
+    def _start_alike(self, block):
+        "All pixels of an unfolded block start with the same scores, or early predictions are chequered."
+        for t in (self.head.weight, self.head.bias): t.copy_(t[::block].repeat_interleave(block, 0))
     def forward(self, z:Tensor, features:list[Tensor], size) -> Tensor:
         skips = [*features[:-1][::-1], None][:len(self.levels)]
         for level, skip in zip(self.levels, skips):
