@@ -3,6 +3,7 @@
 `python tests/check_drift.py` fails if a module, README.md or a notebook's metadata differs from what the notebooks give,
 or if a module has no notebook. `--write` rewrites README.md from nbs/index.ipynb.
 """
+import csv
 import os
 import re
 import shutil
@@ -16,6 +17,12 @@ BIN = Path(sys.executable).parent
 FIRST_LINE = "<!-- Written from nbs/index.ipynb by `make readme`; edit the notebook. -->\n\n"
 
 
+def table(match: re.Match) -> str:
+    "The Markdown table of a CSV file named in a comment."
+    with open(ROOT/match[1], newline="") as file: head, *rows = csv.reader(file)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def readme(root: Path) -> str:
     "README.md as nbs/index.ipynb gives it: markdown cells and pictures, paths seen from the project's root."
     import nbformat
@@ -23,7 +30,8 @@ def readme(root: Path) -> str:
     cells = [c.source for c in notebook.cells if c.cell_type == "markdown"]
     text = "\n\n".join(cells).strip() + "\n"
     text = re.sub(r"\]\((?!https?://|#|\.\./)", "](nbs/", text)     # a notebook beside index.ipynb
-    return FIRST_LINE + text.replace("](../", "](").replace('src="../', 'src="')
+    text = re.sub(r"<!-- table: (\S+) -->", table, text)
+    return FIRST_LINE + text.replace("](../", "](")
 
 
 def files(root: Path) -> dict[str, bytes]:
