@@ -115,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU time, for a busy machine (with --threads 1)")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time (busy machines, one thread)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=list(SIZES), help="one size only")
     args = parser.parse_args()
