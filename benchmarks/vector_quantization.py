@@ -104,7 +104,8 @@ def peak(name, size, device):
 def table(title, names, size, args):
     "Print one size: time, its ratio to the plain version, memory, its ratio."
     clock = time.process_time if args.cpu_time else time.perf_counter
-    ms, mib = times(names, size, args.rounds, args.device, clock), {name: peak(name, size, args.device) for name in names}
+    ms = times(names, size, args.rounds, args.device, clock)
+    mib = {name: peak(name, size, args.device) for name in names}
     print(f"\n{title}\n{'':50s}{'ms':>9s}{'ratio':>8s}{'peak MiB':>10s}{'ratio':>8s}")
     for name in names:
         print(f"{name:50s}{ms[name]:9.1f}{ms[name]/ms[PLAIN]:8.2f}{mib[name]:10.0f}{mib[name]/mib[PLAIN]:8.2f}")
