@@ -46,7 +46,7 @@ def _to_nearest(points, shared, others):
     distance = np.zeros(len(points))
     if len(others) == 0: return np.full(len(points), np.nan)
     if not shared.all():
-        tree = cKDTree(others, leafsize=32, balanced_tree=False, compact_nodes=False)
+        tree = cKDTree(others, leafsize=16, balanced_tree=False, compact_nodes=False)
         distance[~shared] = tree.query(points[~shared], workers=1)[0]
     return distance
 
