@@ -101,7 +101,7 @@ class Recipe:
     split:str="auto"               # rule of split_cases
     size:str="teach"               # "teach" or "paper" size of the model
     pretrained:bool=False          # ImageNet weights where the encoder has them
-    precision:str="auto"           # "auto": bf16 where the device has it, else fp16 on a GPU, fp32 on a CPU; or one of them
+    precision:str="auto"           # "auto": bf16 where the device has it, else fp16 (GPU), fp32 (CPU)
     ema:float|None=None            # decay of an average of the weights, then validated and saved; None: no average
     seed:int=0                     # of weights, order and augmentation
     validate_every:int=1           # epochs between validations
@@ -133,7 +133,7 @@ class Recipe:
         frame = suggest_frame(collection) if collection is not None and changes.get("dims") is None else {}
         changes = {**frame, **{k: v for k, v in changes.items() if k != "dims" or v is not None}}
         windows = dict(batch_size=4, flips=(0, 2), rotate=0.0, scale=0.0) if changes.get("dims") == 3 else {}
-        return cls(**{**dict(lr=2e-3, ema=0.99), **windows, **changes})
+        return cls(**{**dict(lr=2e-3, ema=0.99, loss="ce-dice"), **windows, **changes})
 
     @classmethod
     def paper(cls,
@@ -330,7 +330,8 @@ def autocast_type(
     device:torch.device,
 ) -> torch.dtype | None:  # None: float32 throughout
     "The number format of the forward pass."
-    if precision == "auto" and device.type != "cuda": return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    if precision == "auto" and device.type != "cuda":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
     if precision == "auto": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
