@@ -67,7 +67,8 @@ def main():
     if path is None: sys.exit("skipped: MEDSEG_DATA holds no hippocampus collection")
     collection = load_collection(path, check=False)
     parts, frames, rows = split_cases(collection, "id-block"), [], []
-    print(f"{len(parts['train'])} training cases, {len(parts['test'])} unseen test cases, {torch.get_num_threads()} threads, {args.minutes:g} minutes each", flush=True)
+    counts = f"{len(parts['train'])} training cases, {len(parts['test'])} unseen test cases"
+    print(f"{counts}, {torch.get_num_threads()} threads, {args.minutes:g} minutes each", flush=True)
     for name in args.models.split(","):
         if name == "peer":
             model, steps = train_peer(collection, parts["train"], args.minutes)
@@ -80,7 +81,8 @@ def main():
         rows.append(row(name, frames[-1], model, steps)); print(pd.DataFrame(rows).to_string(index=False), flush=True)
     out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
     pd.concat(frames).to_csv(out/"cases.csv", index=False, float_format="%.5g"); pd.DataFrame(rows).to_csv(out/"summary.csv", index=False)
-    (out/"command.txt").write_text(f"MEDSEG_DATA=... python benchmarks/hippocampus.py --minutes {args.minutes:g} --models {args.models}\n{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}\n")
+    (out/"command.txt").write_text(f"MEDSEG_DATA=... python benchmarks/hippocampus.py --minutes {args.minutes:g} --models {args.models}\n"
+                                   f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}; {counts}\n")
 
 
 if __name__ == "__main__": main()

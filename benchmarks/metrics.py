@@ -17,7 +17,7 @@ CLASSES = {c: f"organ {c}" for c in range(8)}
 
 
 def organs(shape, n=7, seed=0, error=1.0):
-    "n ellipsoids in a ring, and a copy of each, off by about `error` voxels and some per cent of size: (prediction, truth)."
+    "n ellipsoids in a ring, and a copy of each that is off by about `error` voxels: (prediction, truth)."
     rng, size = np.random.default_rng(seed), np.array(shape)
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     pred, truth = np.zeros((2, *shape), np.uint8)

@@ -26,7 +26,8 @@ def open_collection(name, root, work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4); parser.add_argument("--out", default="results"); parser.add_argument("--runs", default="runs/real-data")
+    parser.add_argument("--minutes", type=float, default=4); parser.add_argument("--out", default="results")
+    parser.add_argument("--runs", default="runs/real-data")
     parser.add_argument("--sets", default="chaos_mr,acdc,sunnybrook")
     args = parser.parse_args()
     root = data_root()
@@ -38,7 +39,9 @@ def main():
         frame, out = score_run(run), Path(args.out)/name
         out.mkdir(parents=True, exist_ok=True)
         frame.to_csv(out/"cases.csv", index=False, float_format="%.5g"); run.history.to_csv(out/"epochs.csv", index=False, float_format="%.5g")
-        (out/"command.txt").write_text(f"MEDSEG_DATA=... python benchmarks/real_data.py --minutes {args.minutes:g} --sets {name}\n{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}; {len(run.split['train'])} training, {len(run.split['test'])} test cases; {run.recipe.dims}D\n")
+        counts = f"{len(run.split['train'])} training, {len(run.split['test'])} test cases; {run.recipe.dims}D"
+        (out/"command.txt").write_text(f"MEDSEG_DATA=... python benchmarks/real_data.py --minutes {args.minutes:g} --sets {name}\n"
+                                       f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}; {counts}\n")
         print(name, frame.groupby("class", sort=False)[["DSC", "HD95"]].mean().round(3).to_dict("index"), write_report(run.folder), flush=True)
 
 

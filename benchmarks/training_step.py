@@ -53,7 +53,8 @@ def main():
             seconds = step(model, optimisers[name], x, y, loss)
             if k: times[name].append(seconds)
     base = next(iter(times.values()))
-    print(f"{'network':40}{'M params':>9}{'ms':>8}{'ratio':>8}   ({torch.get_num_threads()} threads, median of {rounds} interleaved rounds; ratio: median of round-by-round ratios)")
+    print(f"{torch.get_num_threads()} threads; medians of {rounds} interleaved rounds, of the ratio round by round")
+    print(f"{'network':40}{'M params':>9}{'ms':>8}{'ratio':>8}")
     for name, t in times.items():
         print(f"{name:40}{count_parameters(models[name])/1e6:9.2f}{1000*median(t):8.0f}{median(a/b for a, b in zip(t, base, strict=True)):8.2f}")
 

@@ -57,18 +57,17 @@ def test_import_is_light():
     assert seconds < 1.0
 
 
-def functions(tree=None, path=None):
+def functions(tree, stem):
     "Every function of a module, and of its classes; not those inside functions."
-    for path in [path] if path else MODULES:
-        for node in (tree or ast.parse(path.read_text())).body:
-            if isinstance(node, ast.FunctionDef): yield pytest.param(node, id=f"{path.stem}.{node.name}")
-            elif isinstance(node, ast.ClassDef): yield from functions(node, path)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef): yield pytest.param(node, id=f"{stem}.{node.name}")
+        elif isinstance(node, ast.ClassDef): yield from functions(node, stem)
 
 
 UNSAID = ("forward", "backward", "extra_repr")   # the class says what they do
 
 
-@pytest.mark.parametrize("node", functions())
+@pytest.mark.parametrize("node", [f for p in MODULES for f in functions(ast.parse(p.read_text()), p.stem)])
 def test_functions_are_small_and_said(node):
     body = node.end_lineno - node.body[0].lineno + 1
     assert body <= 30, f"{node.name} has {body} lines"

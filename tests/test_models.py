@@ -44,7 +44,8 @@ def test_the_six_encoders(encoder, stride):
     assert out.logits.shape == (1, 2, 70, 64) and out.maps["codes"].shape[1:] == ((5, 4) if stride == 16 else (3, 2))
 
 
-@pytest.mark.parametrize("changes", [dict(dim=20), dict(codebook_size=0), dict(soft_heads=3), dict(hard_heads=5), dict(in_channels=0), dict(classes=1), dict(spatial_dims=4), dict(nonsense=1)])
+@pytest.mark.parametrize("changes", [
+    dict(dim=20), dict(codebook_size=0), dict(soft_heads=3), dict(hard_heads=5), dict(in_channels=0), dict(classes=1), dict(spatial_dims=4), dict(nonsense=1)])
 def test_numbers_that_do_not_fit(changes):
     with pytest.raises(ShapeError): small(**changes)
 
