@@ -282,6 +282,7 @@ def test_runs_that_are_not_whole(run, tmp_path):
     (copy/"config.json").write_text(json.dumps(config))
     with pytest.raises(DatasetError, match="collection"): write_report(copy)
     assert load_run(copy).collection is None
+    (copy/"report.html").unlink(missing_ok=True)
     (copy/"model.safetensors").write_bytes(b"short")
     with pytest.raises(MedsegError, match="model.safetensors"): write_report(copy)
     assert not (copy/"report.html").exists()

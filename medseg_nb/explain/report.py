@@ -290,7 +290,7 @@ def _as_run(folder):
 
 def _kept_scores(folder, ids):  # cases.csv, where it is newer than the weights and holds these cases
     file, weights = folder/"cases.csv", folder/"model.safetensors"
-    if not file.exists() or not weights.exists() or file.stat().st_mtime_ns < weights.stat().st_mtime_ns: return None
+    if not file.exists() or not weights.exists() or file.stat().st_mtime_ns <= weights.stat().st_mtime_ns: return None
     try: frame = pd.read_csv(file, dtype={"case": str, "class": str})
     except (ValueError, OSError): return None                           # half a file: measure again
     if list(frame) != ["case", "class", *METRICS] or not set(ids) <= set(frame["case"]): return None
@@ -565,7 +565,8 @@ def where_it_looked(
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in ("epochs", "batch_size", "lr", "dims", "split", "seed")}
 
 def _changes(run):  # {field: value} where the recipe differs from the one `medseg train` would take
-    usual = asdict(Recipe.teach() if run.recipe.size == "teach" else Recipe.paper("synergynet"))
+    usual = asdict(Recipe.teach(run.collection) if run.recipe.size == "teach" else Recipe.paper("synergynet"))
+    if usual["dims"] != run.recipe.dims: usual = {**asdict(Recipe.teach(dims=run.recipe.dims)), "dims": usual["dims"]}
     recipe = asdict(run.recipe)
     recipe |= {"epochs": len(run.history), "minutes": None}             # what a time budget came to
     return {name: value for name, value in recipe.items() if value != usual[name]}
