@@ -6,7 +6,7 @@ __all__ = ['flip_average', 'evaluating', 'slice_batch', 'predict_probabilities',
 # %% ../../nbs/evaluation/01_inference.ipynb #c002
 import tempfile
 from contextlib import contextmanager
-from itertools import combinations, count
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ def _slices(model, x, preparation, device, batch, flips):
         yield wanted, flip_average(model, slice_batch(x, wanted, preparation.neighbours).to(device), flips)
 
 # %% ../../nbs/evaluation/01_inference.ipynb #c015
+def _n_windows(size, window, overlap):
+    "How many windows cover a volume: along each axis, steps of window*(1-overlap) until the end is reached."
+    return int(np.prod([np.ceil((n-w)/max(int(w*(1-overlap)), 1)) + 1 for n, w in zip(size, window, strict=True)]))
+
 def _windows(model, x, preparation, device, batch, overlap, flips, blend):
     "(Z,X,Y,Z') probabilities of a 3D network, window by window."
     from monai.inferers import sliding_window_inference
@@ -68,13 +72,13 @@ def _windows(model, x, preparation, device, batch, overlap, flips, blend):
     room = np.maximum(size, window)
     inside = tuple(slice(r//2 - n//2, r//2 - n//2 + n) for r, n in zip(room, size, strict=True))
     padded = np.pad(x, [(0, 0), *((s.start, r - s.stop) for s, r in zip(inside, room, strict=True))], mode="edge")
-    ticks = iter(progress(count(), "windows"))
+    ticks = iter(progress(range(-(-_n_windows(room, window, overlap)//batch)), "windows"))
     def answer(w):
         next(ticks)
         return flip_average(model, w, flips).float()
     p = sliding_window_inference(torch.from_numpy(padded)[None], window, batch, answer, overlap=overlap, mode=blend,
                                  sw_device=device, device="cpu")
-    ticks.close()
+    next(ticks, None)  # the bar is complete
     return p[0].numpy()[(slice(None), *inside)]
 
 # %% ../../nbs/evaluation/01_inference.ipynb #c017
