@@ -421,6 +421,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'medseg_nb/evaluation/inference.py'),
                                                 'medseg_nb.evaluation.inference._count': ( 'evaluation/inference.html#_count',
                                                                                            'medseg_nb/evaluation/inference.py'),
+                                                'medseg_nb.evaluation.inference._n_windows': ( 'evaluation/inference.html#_n_windows',
+                                                                                               'medseg_nb/evaluation/inference.py'),
                                                 'medseg_nb.evaluation.inference._place': ( 'evaluation/inference.html#_place',
                                                                                            'medseg_nb/evaluation/inference.py'),
                                                 'medseg_nb.evaluation.inference._predict_labels': ( 'evaluation/inference.html#_predict_labels',

@@ -173,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("images", help="a NIfTI file or a folder of them")
     p.add_argument("--out", required=True, help="a folder, or a .nii.gz for one image")
     p = _add(commands, "demo", run_demo, "the main job from nothing: train, predict, report", "medseg demo")
-    p.add_argument("--minutes", type=float, default=1.5, help="training time")
+    p.add_argument("--minutes", type=float, default=1.0, help="training time")
     p.add_argument("--out", default="runs/demo", help="run folder, emptied first")
     return parser
 

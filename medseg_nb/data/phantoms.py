@@ -298,8 +298,8 @@ def mr_signals(
 def cine_signals(
     rng,  # numpy Generator
 ) -> dict:  # tissue -> signal, 1 the brightest
-    "Balanced steady-state signals: bright blood and fat, dark muscle; how far apart differs from patient to patient."
-    blood, muscle, fat = rng.uniform(0.6, 0.95), rng.uniform(0.26, 0.42), rng.uniform(0.5, 0.9)
+    "Balanced steady-state signals: bright blood and fat, dark muscle, how far apart differs; fat may look like muscle."
+    blood, muscle, fat = rng.uniform(0.55, 0.9), rng.uniform(0.26, 0.44), rng.uniform(0.3, 0.9)
     signals = {"lung": 0.06, "fat": fat, "wall fat": fat, "muscle": 0.28, "stomach": 0.35,
                "liver": rng.uniform(0.3, 0.5), "aorta": blood, "blood": blood, "myocardium": muscle, "papillary": muscle}
     return {name: value*float(np.exp(jitter(rng, 0, 0.06))) for name, value in signals.items()}
@@ -347,11 +347,13 @@ def scan_mr(
     scene:Scene,
     rng,                 # numpy Generator
     signals=mr_signals,  # rng -> {tissue: signal}
+    noise=(0.03, 0.07),  # least and most, as a share of the brightest tissue
+    texture=(0.01, 0.03),# unevenness inside an organ, likewise
 ) -> np.ndarray:         # (X,Y,Z) int16, arbitrary units
     "An MR: tissue signal times coil bias field, Rician noise, and an arbitrary scale."
-    image = np.maximum(render(scene, signals(rng), rng, rng.uniform(0.01, 0.03)), 0)
+    image = np.maximum(render(scene, signals(rng), rng, rng.uniform(*texture)), 0)
     bias = np.exp(rng.uniform(0.1, 0.3)*smooth_noise(rng, image.shape, [n/2 for n in image.shape]))
-    sigma = rng.uniform(0.03, 0.07)
+    sigma = rng.uniform(*noise)
     real, imaginary = sigma*rng.standard_normal((2, *image.shape), dtype=np.float32)
     image = np.hypot(image*bias + real, imaginary)
     return np.clip(np.round(image*np.exp(rng.uniform(np.log(200), np.log(3000)))), 0, 32767).astype(np.int16)
@@ -360,8 +362,8 @@ def scan_cine(
     scene:Scene,
     rng,            # numpy Generator
 ) -> np.ndarray:    # (X,Y,Z) int16, arbitrary units
-    "A frame of a cine MR: as `scan_mr`, with bright blood."
-    return scan_mr(scene, rng, cine_signals)
+    "A frame of a cine MR: as `scan_mr`, with bright, swirling blood and the noise of a fast sequence."
+    return scan_mr(scene, rng, cine_signals, noise=(0.05, 0.13), texture=(0.03, 0.07))
 
 # %% ../../nbs/data/02_phantoms.ipynb #c028
 class Heart(NamedTuple):
@@ -432,7 +434,7 @@ def draw_heart(
     heart:Heart,
 ) -> Scene:
     "A chest cut across the heart's long axis: lungs, chest wall, liver, the aorta going down, and the heart."
-    scene = new_scene(rng, shape, size, 1.0, jitter(rng, (0, 0, 0), 3), jitter(rng, (0, 0, 0), 6), ((45, 3), (14, 1.2)))
+    scene = new_scene(rng, shape, size, 1.0, jitter(rng, (0, 0, 0), 3), jitter(rng, (0, 0, 0), 6), ((45, 3), (12, 2)))
     paint(scene, ellipsoid((20, -20, 0), (128, 112, 900), power=2.3), "wall fat")
     paint(scene, ellipsoid((20, -20, 0), (116, 98, 900), power=2.3), "muscle")
     paint(scene, ellipsoid((20, -20, 0), (104, 86, 900), power=2.3), "lung")
