@@ -18,7 +18,9 @@ from medseg_nb.training import supervised
 from medseg_nb.training.supervised import (
     Recipe,
     RunningAverage,
+    autocast_type,
     batch_plan,
+    deepest_side,
     fill_optimiser,
     load_run,
     make_optimiser,
@@ -252,6 +254,30 @@ def test_state_goes_through_a_file(tmp_path, optimiser):
     fresh = make_optimiser(other.parameters(), recipe); fill_optimiser(fresh, read_tensors(tmp_path/"o.safetensors")[0])
     steps(model, opt, 2, 1); steps(other, fresh, 2, 1)
     for a, b in zip(model.parameters(), other.parameters(), strict=True): assert torch.equal(a, b)
+
+def test_bf16_is_not_chosen_where_cpus_get_it_wrong():
+    cpu = torch.device("cpu")
+    small = build_model("unet-r50", 1, 4, size="teach", spatial_dims=3)
+    assert small.encoder.strides[-1] == 8
+    assert [deepest_side(small, window) for window in ((16, 16, 4), (48, 48, 24), (9, 99, 99))] == [1, 3, 2]
+    assert deepest_side(plain(), (64, 64)) == 0
+    assert autocast_type("auto", cpu, 2) is None and autocast_type("fp32", cpu) is None
+    assert autocast_type("bf16", cpu, 1) is torch.bfloat16
+
+@pytest.mark.parametrize("dims, window", [(3, (16, 16, 4)), (3, (24, 24, 24)), (2, (24, 24))])
+def test_gradients_are_repeatable_in_the_format_chosen(dims, window):
+    torch.manual_seed(0)
+    model, x = build_model("unet-r50", 1, 4, size="teach", spatial_dims=dims), torch.randn(2, 1, *window)
+    kind = autocast_type("auto", torch.device("cpu"), deepest_side(model, window))
+    def gradients():
+        spoil = [torch.full((n,), float("nan")) for n in (1000, 5000, 20000, 70000, 200000, 500000) * 3]
+        del spoil                                        # freed memory full of nan, for whoever reads before writing
+        with torch.autocast("cpu", kind or torch.bfloat16, enabled=kind is not None): out = model(x)
+        model.zero_grad(); out.float().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+    first = gradients()
+    for _ in range(4):
+        for a, b in zip(first, gradients(), strict=True): assert torch.equal(a, b)
 
 def test_running_average():
     model = torch.nn.BatchNorm1d(1)

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['suggest_frame', 'Recipe', 'stream', 'batch_plan', 'poly_rate', 'make_loss', 'make_optimiser', 'RunningAverage',
            'write_tensors', 'read_tensors', 'optimiser_tensors', 'fill_optimiser', 'Run', 'TrainingData',
-           'dice_of_case', 'autocast_type', 'Session', 'Meter', 'make_augment', 'describe_run', 'check_same_run',
-           'check_folder', 'epochs_within', 'start_run', 'write_records', 'fit_to_end', 'make_accelerator',
-           'new_session', 'train', 'load_run']
+           'dice_of_case', 'deepest_side', 'autocast_type', 'Session', 'Meter', 'make_augment', 'describe_run',
+           'check_same_run', 'check_folder', 'epochs_within', 'start_run', 'write_records', 'fit_to_end',
+           'make_accelerator', 'new_session', 'train', 'load_run']
 
 # %% ../../nbs/training/00_supervised.ipynb #c002
 import copy
@@ -325,13 +325,22 @@ def dice_of_case(
     return (2*pairs.diagonal() / (pairs.sum(0) + pairs.sum(1)))[1:]
 
 # %% ../../nbs/training/00_supervised.ipynb #c023
+def deepest_side(
+    model:nn.Module,
+    window:tuple,  # sides of a training sample
+) -> int:          # 0 where the model does not tell its strides
+    "Smallest side of the deepest features, in voxels."
+    strides = getattr(getattr(model, "encoder", None), "strides", None)
+    return -(-min(window) // strides[-1]) if strides else 0
+
 def autocast_type(
     precision:str,        # Recipe.precision
     device:torch.device,
+    side:int=3,           # smallest side of the deepest features: below 3, bf16 convolutions of CPUs are not repeatable
 ) -> torch.dtype | None:  # None: float32 throughout
     "The number format of the forward pass."
     if precision == "auto" and device.type != "cuda":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+        return torch.bfloat16 if side >= 3 and torch.cpu._is_avx512_bf16_supported() else None
     if precision == "auto": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
@@ -354,7 +363,8 @@ class Session:
         self.model = accelerator.prepare_model(self.bare)
         self.optimiser = make_optimiser(self.bare.parameters(), recipe)
         self.criterion, self.augment = make_loss(recipe, check_labels=False), make_augment(recipe)
-        self.type = autocast_type(recipe.precision, accelerator.device)
+        window = data.samples.patch if recipe.dims == 3 else (data.samples.size,)
+        self.type = autocast_type(recipe.precision, accelerator.device, deepest_side(model, window))
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.type == torch.float16)
         self.has_aux = "aux" in inspect.signature(model.forward).parameters
         self.epoch, self.epochs, self.best, self.history = 0, recipe.epochs, -1.0, []
