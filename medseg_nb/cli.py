@@ -55,7 +55,9 @@ def make_recipe(args, collection):
 def run_train(args) -> None:
     "medseg train: fit a model, score it on the test cases, write the report."
     from medseg_nb.data.collections import load_collection
+    from medseg_nb.models.zoo import check_name
     from medseg_nb.training.supervised import train
+    check_name(args.model)
     collection = load_collection(find_data(args.data, seed=args.seed or 0))
     out = args.out or f"runs/{args.model}-{collection.name}"
     run = train(args.model, collection, make_recipe(args, collection), out, resume=args.resume)

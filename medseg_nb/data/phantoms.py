@@ -299,7 +299,7 @@ def cine_signals(
     rng,  # numpy Generator
 ) -> dict:  # tissue -> signal, 1 the brightest
     "Balanced steady-state signals: bright blood and fat, dark muscle, how far apart differs; fat may look like muscle."
-    blood, muscle, fat = rng.uniform(0.55, 0.9), rng.uniform(0.26, 0.44), rng.uniform(0.3, 0.9)
+    blood, muscle, fat = rng.uniform(0.6, 0.95), rng.uniform(0.26, 0.42), rng.uniform(0.3, 0.9)
     signals = {"lung": 0.06, "fat": fat, "wall fat": fat, "muscle": 0.28, "stomach": 0.35,
                "liver": rng.uniform(0.3, 0.5), "aorta": blood, "blood": blood, "myocardium": muscle, "papillary": muscle}
     return {name: value*float(np.exp(jitter(rng, 0, 0.06))) for name, value in signals.items()}
@@ -363,7 +363,7 @@ def scan_cine(
     rng,            # numpy Generator
 ) -> np.ndarray:    # (X,Y,Z) int16, arbitrary units
     "A frame of a cine MR: as `scan_mr`, with bright, swirling blood and the noise of a fast sequence."
-    return scan_mr(scene, rng, cine_signals, noise=(0.05, 0.13), texture=(0.03, 0.07))
+    return scan_mr(scene, rng, cine_signals, noise=(0.03, 0.09), texture=(0.02, 0.04))
 
 # %% ../../nbs/data/02_phantoms.ipynb #c028
 class Heart(NamedTuple):

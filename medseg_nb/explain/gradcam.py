@@ -36,6 +36,7 @@ class _Tap(nn.Module):  # what the grad-cam package watches: one tensor of an ou
     def __init__(self, which): super().__init__(); self.which = which
     def forward(self, z): return z.clone()                             # so later in-place rectifiers leave it alone
     def hook(self, module, inputs, output):
+        "Put the tap into what a layer gives."
         if isinstance(output, Tensor): return self(output)
         if hasattr(output, "_replace"): return output._replace(z=self(output.z))   # Slot, Quantized
         outputs = list(output)
