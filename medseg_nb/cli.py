@@ -6,6 +6,7 @@ __all__ = ['find_data', 'show_models', 'run_phantom', 'make_recipe', 'run_train'
 
 # %% ../nbs/99_cli.ipynb #c002
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def run_train(args) -> None:
     collection = load_collection(find_data(args.data, seed=args.seed or 0))
     out = args.out or f"runs/{args.model}-{collection.name}"
     run = train(args.model, collection, make_recipe(args, collection), out, resume=args.resume)
-    report_run(run)
+    if os.environ.get("RANK", "0") == "0": report_run(run)      # one of several processes is enough
 
 def report_run(run) -> None:
     "Score the test cases, write report.html, and print both."
