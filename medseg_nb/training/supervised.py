@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import platform
+import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -56,12 +57,15 @@ _RULES = dict(
 
 def suggest_frame(
     collection:Collection,
-) -> dict:  # {"dims": 2}, or {"dims": 3, "patch": window in voxels}
-    "Windows where the median voxel is at most twice as long as wide, slices elsewhere; read from the headers alone."
+) -> dict:  # fields of a Recipe: dims, and patch, inplane or flips where they matter
+    "Windows where the median voxel is at most twice as long as wide, else slices, large ones shrunk; no mirrors where classes have a side."
     sizes, zooms = zip(*(_header(case.images[0]) for case in collection.cases[:50]), strict=True)
-    zoom = np.median(zooms, 0)                                                      # (3,) mm
-    if zoom.max() > 2*zoom.min() or np.min(sizes) < 8: return {"dims": 2}
-    return {"dims": 3, "patch": tuple(int(np.clip(16*np.ceil(n/16), 16, 64)) for n in np.median(sizes, 0))}
+    size, zoom = np.median(sizes, 0), np.median(zooms, 0)                           # (3,) voxels, (3,) mm
+    sided = any(re.search(r"\b(left|right|l|r)\b", name.lower()) for name in collection.classes.values())
+    frame = {"flips": ()} if sided else {}
+    if zoom.max() <= 2*zoom.min() and np.min(sizes) >= 8:
+        return {"dims": 3, "patch": tuple(int(np.clip(16*np.ceil(n/16), 16, 64)) for n in size), **frame}
+    return {"dims": 2, **({"inplane": 160} if size[:2].max() > 192 else {}), **frame}
 
 def _header(path):  # -> (3,) voxels and (3,) mm, in canonical order with the slice axis last, as Preparation has it
     image = nib.load(path)
