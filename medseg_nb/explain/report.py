@@ -92,6 +92,7 @@ p { margin:.5rem 0; max-width:46rem }
 .tiles b { display:block; font-size:1.4rem; font-weight:650; font-variant-numeric:tabular-nums; line-height:1.3 }
 .tiles span { color:var(--soft); font-size:.82rem; display:block; line-height:1.3 }
 .grid { display:grid; gap:1.2rem 1rem; margin:.9rem 0; grid-template-columns:repeat(auto-fit,minmax(13.5rem,1fr)) }
+.grid.three { grid-template-columns:repeat(auto-fit,minmax(16rem,1fr)) }
 .grid.wide { grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr)) }
 figure { margin:0; min-width:0; max-width:19rem }
 .wide figure { max-width:29rem }
@@ -195,10 +196,11 @@ def picture(
 
 def grid(
     figures,          # of HTML figures
-    wide:bool=False,  # two in a row rather than four
+    wide:bool=False,  # two in a row rather than three or four
 ) -> str:
     "Figures that wrap: as many in a row as fit."
-    return f'<div class="grid{" wide" if wide else ""}">' + "".join(figures) + "</div>"
+    kind = " wide" if wide else " three" if len(figures) % 3 == 0 else ""
+    return f'<div class="grid{kind}">{"".join(figures)}</div>'
 
 # %% ../../nbs/explain/04_report.ipynb #c013
 def square_window(
@@ -354,6 +356,7 @@ def _curves(history, columns, title, ylabel):  # -> HTML figure, or nothing wher
         ax.plot(_epochs(history)[known], history[column][known], color=LINES[i % 6], linestyle=MARKS[i//6 % 4],
                 marker="o" if known.sum() < 15 else None, markersize=3.5, label=name)
     ax.set(xlabel="epoch", ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=.25)
     if len(columns) > 1: ax.legend(fontsize=8, frameon=False, ncols=1 + len(columns)//6)
     return picture(svg_tag(figure, title), title)
@@ -485,7 +488,7 @@ def _draw_prepared(run, picture, colours, extent):  # slice and (x,y,RGBA) over 
     ax.imshow(colours.swapaxes(0,1), origin="lower", extent=extent, interpolation="nearest")
     slices = run.collection.cases[0].images[0]
     sides_known = load_volume(slices).shape[2] > 1                      # as in draw_case: seen from the feet
-    ax.set(xlim=(width,0) if sides_known else (0,width), ylim=(0,height))
+    ax.set(xlim=(width,0) if sides_known else (0,width), ylim=(0,height), xticks=[], yticks=[])
     return figure, ax
 
 # %% ../../nbs/explain/04_report.ipynb #c031
