@@ -308,9 +308,10 @@ def headline(
     "The numbers a reader wants first."
     mean, per_case = summarise(frame).loc["mean"], frame.groupby("case")["DSC"].mean()
     dice = run.history.get("val_dice", pd.Series(dtype=float))          # of the epochs that were validated
+    missing = f" ({mean['HD95 nan']:g} of {len(frame)} values do not exist)" if mean["HD95 nan"] else ""
     epoch = f"{_epochs(run.history)[dice.argmax()]:g} of {len(run.history)}" if dice.notna().any() else "not known"
     return tiles({"mean Dice of the classes": f"{mean['DSC']:.3f}",
-                  "mean HD95": f"{mean['HD95']:.1f} mm" if np.isfinite(mean["HD95"]) else "not defined",
+                  "mean HD95" + missing: f"{mean['HD95']:.1f} mm" if np.isfinite(mean["HD95"]) else "not defined",
                   "worst case (mean Dice)": f"{per_case.min():.3f}",
                   f"{reported_part(run)} cases": frame["case"].nunique(),
                   "best epoch": epoch,
