@@ -97,6 +97,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'medseg_nb.cli.make_parser': ('cli.html#make_parser', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.make_recipe': ('cli.html#make_recipe', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.predict_case': ('cli.html#predict_case', 'medseg_nb/cli.py'),
+                               'medseg_nb.cli.print_scores': ('cli.html#print_scores', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.report_run': ('cli.html#report_run', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.run_demo': ('cli.html#run_demo', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.run_evaluate': ('cli.html#run_evaluate', 'medseg_nb/cli.py'),
