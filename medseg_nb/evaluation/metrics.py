@@ -29,35 +29,52 @@ def border_of(
 def _crop_to_objects(pred, truth):
     "Both maps cut to the box that holds every labelled voxel (at least one voxel a side)."
     either, box = (pred != 0) | (truth != 0), []
-    for axis in range(either.ndim):
-        used = np.flatnonzero(either.any(axis=tuple(a for a in range(either.ndim) if a != axis)))
+    for _ in range(pred.ndim):
+        used = np.flatnonzero(either.reshape(len(either), -1).any(axis=1))
         box.append(slice(used[0], used[-1]+1) if len(used) else slice(0, 1))
+        either = either.any(axis=0)  # this axis is done: fold it away
     return pred[tuple(box)], truth[tuple(box)]
 
-def _border_points(border, other, spacing):
-    "Of a border map: class (n,), position in mm (n,d), and whether the other border has the same class there (n,)."
-    index = np.flatnonzero(border != 0)
-    cls = border.ravel()[index]
-    position = np.stack(np.unravel_index(index, border.shape), axis=-1) * np.asarray(spacing, float)  # (n,d)
-    return cls, position, other.ravel()[index] == cls
+def _steps_around(spacing):
+    "Every step (m,d), in voxels, into a ball of about a hundred voxels, and its length in mm (m,), shortest first."
+    spacing = np.asarray(spacing, float)
+    radius = min(3*spacing.prod()**(1/len(spacing)), 8*spacing.min())  # never more than 8 voxels along an axis
+    sides = [np.arange(-int(radius/s), int(radius/s)+1) for s in spacing]
+    steps = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(spacing))  # (m,d)
+    length = np.sqrt(((steps*spacing)**2).sum(axis=1))
+    order = np.argsort(length)[:np.count_nonzero(length <= radius)]
+    return steps[order], length[order]
 
-def _to_nearest(points, shared, others):
-    "Distance (n,) in mm from each point to the nearest of others; points that are shared are at 0."
-    distance = np.zeros(len(points))
-    if len(others) == 0: return np.full(len(points), np.nan)
-    if not shared.all():
-        tree = cKDTree(others, leafsize=16, balanced_tree=False, compact_nodes=False)
-        distance[~shared] = tree.query(points[~shared], workers=1)[0]
+def _to_nearby(border, other, steps, length):
+    "Of a border map: class (n,), place (n,d) in voxels, and mm to the same class of the other map (n,), nan if beyond the ball."
+    index = np.flatnonzero(border != 0)
+    cls, other = border.ravel()[index], other.ravel()
+    distance, left = np.full(len(index), np.nan), np.arange(len(index))
+    at, want = index, cls
+    for step, mm in zip(steps @ (np.array(border.strides)//border.itemsize), length):  # a step is one number in the flat map
+        met = other[at+step] == want
+        distance[left[met]] = mm
+        left, at, want = left[~met], at[~met], want[~met]
+    return cls, np.stack(np.unravel_index(index, border.shape), axis=-1), distance
+
+def _to_nearest(places, distance, others, spacing):
+    "The same distances (n,), those beyond the ball filled in by a k-d tree; nan if there are no others."
+    far = np.isnan(distance)
+    if not far.any() or not len(others): return distance
+    tree = cKDTree(others*spacing, leafsize=16, balanced_tree=False, compact_nodes=False)
+    distance[far] = tree.query(places[far]*spacing)[0]
     return distance
 
 def _class_distances(pred, truth, spacing, ids):
     "For every class id: distances (mm) pred -> truth and truth -> pred."
-    borders = border_of(pred), border_of(truth)
-    cls_p, at_p, shared_p = _border_points(*borders, spacing)
-    cls_t, at_t, shared_t = _border_points(*borders[::-1], spacing)
+    steps, length = _steps_around(spacing)
+    margin = [(r, r) for r in abs(steps).max(axis=0)]  # so that no step leaves the map
+    borders = [np.pad(border_of(labels), margin) for labels in (pred, truth)]
+    cls_p, at_p, near_p = _to_nearby(*borders, steps, length)
+    cls_t, at_t, near_t = _to_nearby(*borders[::-1], steps, length)
     for c in ids:
-        p, t = np.flatnonzero(cls_p == c), np.flatnonzero(cls_t == c)
-        yield _to_nearest(at_p[p], shared_p[p], at_t[t]), _to_nearest(at_t[t], shared_t[t], at_p[p])
+        p, t = cls_p == c, cls_t == c
+        yield (_to_nearest(at_p[p], near_p[p], at_t[t], spacing), _to_nearest(at_t[t], near_t[t], at_p[p], spacing))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #c013
 CONVENTIONS = ("medpy", "monai")
