@@ -58,7 +58,7 @@ def describe_setup(
 ) -> None:
     "Print the device, the version of PyTorch, and what each size costs."
     device = find_device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     print(f"{name} · PyTorch {torch.__version__.split('+')[0]} · size: {size}")
     for label, cost in (("teach", teach), ("paper", paper)):
         if cost: print(f"  {label}: {cost}")

@@ -4,12 +4,14 @@
 __all__ = ['Preparation', 'slice_axis', 'slices_last', 'prepared_frame', 'opened', 'prepare_image', 'restore', 'on_frame',
            'restore_probabilities', 'PreparedCase', 'cache_folder', 'fingerprint', 'sample_foreground',
            'write_prepared', 'read_prepared', 'prepare_cases', 'overlap', 'repeat_edges', 'SliceDataset',
-           'PatchDataset', 'Augment', 'span_of', 'spread', 'mirror', 'EpochSampler', 'make_loader']
+           'PatchDataset', 'Augment', 'span_of', 'spread', 'mirror', 'epoch_order', 'EpochSampler', 'make_loader',
+           'example_slice']
 
 # %% ../../nbs/data/03_slices.ipynb #c002
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..core import DatasetError, GeometryError, MedsegError, ShapeError, progress, write_atomically
+from ..core import (DatasetError, GeometryError, MedsegError, ShapeError, find_collection, progress,
+                            write_atomically)
+from .collections import load_collection
+from .phantoms import make_phantom
 from .volumes import (INTENSITY_RULES, back_to_grid, load_label, load_volume, normalize, resample,
                                     resample_to_shape, same_grid, spacing_of, to_canonical)
 
@@ -65,10 +70,10 @@ class Preparation:
 
 # %% ../../nbs/data/03_slices.ipynb #c006
 def slice_axis(
-    image:nib.Nifti1Image,  # any 3D image
-) -> int:                   # 0, 1 or 2
+    spacing,  # (3,) mm
+) -> int:     # 0, 1 or 2
     "The axis across the slices: the one with the largest voxel side; the last one where sides are equal."
-    spacing = np.asarray(spacing_of(image))
+    spacing = np.asarray(spacing)
     return int(np.flatnonzero(spacing >= spacing.max()*(1 - 1e-3))[-1])
 
 def slices_last(
@@ -76,7 +81,7 @@ def slices_last(
 ) -> nib.Nifti1Image:
     "The image in canonical orientation with its slice axis moved last; voxel values are not touched."
     image = to_canonical(image)
-    axis = slice_axis(image)
+    axis = slice_axis(spacing_of(image))
     order = [a for a in range(3) if a != axis] + [axis]
     return image.as_reoriented(np.array([[order.index(a), 1] for a in range(3)]))
 
@@ -451,6 +456,14 @@ def mirror(
     return torch.stack([sample.flip(a) for sample, a in zip(x, axes, strict=True)])
 
 # %% ../../nbs/data/03_slices.ipynb #c035
+def epoch_order(
+    n:int,       # samples there are
+    seed:int=0,
+    epoch:int=0,
+) -> np.ndarray: # (n,) each of 0 ... n-1 once
+    "The order of an epoch: it depends on (seed, epoch) alone."
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
 class EpochSampler(Sampler):
     "The order of an epoch, which depends only on (seed, epoch)."
     def __init__(self,
@@ -473,7 +486,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         if not self.shuffle: return iter(range(len(self)))
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(len(self)).tolist())
+        return iter(epoch_order(len(self), self.seed, self.epoch).tolist())
 
 def make_loader(
     dataset,              # SliceDataset or PatchDataset
@@ -488,3 +501,18 @@ def make_loader(
     sampler = EpochSampler(dataset, shuffle, seed, epoch)
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last,
                       pin_memory=torch.cuda.is_available())
+
+# %% ../../nbs/data/03_slices.ipynb #c040
+def example_slice(
+    size:int,             # side in pixels, > 0
+    name="chaos_mr",      # a collection below MEDSEG_DATA
+    kind="abdomen-mr",    # the phantom that stands in for it
+) -> tuple:               # (size,size) float32, rows from front to back; whose it is
+    "The middle slice of the first case, to draw on: a patient's where MEDSEG_DATA has the collection, else a phantom's."
+    folder = find_collection(name)
+    with tempfile.TemporaryDirectory() as made:
+        case = load_collection(folder or make_phantom(kind, 1, 0, made, shape=(96, 96, 12)), check=False).cases[0]
+        volume = to_canonical(load_volume(case.images[0])).get_fdata(dtype=np.float32)    # (X,Y,Z)
+    image = torch.from_numpy(volume[:,:,volume.shape[2]//2].T.copy())[None,None]          # (1,1,Y,X)
+    image = F.interpolate(image, (size, size), mode="bilinear", antialias=True, align_corners=False)[0,0]
+    return image, f"a patient of {name}" if folder else f"a phantom, {kind}"

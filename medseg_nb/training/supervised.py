@@ -32,7 +32,7 @@ from ..core import (CheckpointError, DatasetError, MedsegError, ShapeError, prog
                             write_atomically)
 from ..data.collections import Collection, load_collection, split_cases
 from ..data.volumes import spacing_of
-from ..data.slices import Augment, PatchDataset, Preparation, SliceDataset, prepare_cases
+from ..data.slices import Augment, PatchDataset, Preparation, SliceDataset, epoch_order, prepare_cases, slice_axis
 from ..models.zoo import build_model, load_model, load_weights, read_config
 from ..losses.segmentation import BCEDice, CEDice, check_label_range
 from ..evaluation.inference import predict_probabilities
@@ -71,7 +71,7 @@ def _header(path):  # -> (3,) voxels and (3,) mm, in canonical order with the sl
     image = nib.load(path)
     order = np.argsort(nib.io_orientation(image.affine)[:, 0])
     size, zoom = np.array(image.shape[:3])[order], spacing_of(image)[order]
-    last = np.flatnonzero(zoom >= zoom.max()*(1 - 1e-3))[-1]
+    last = slice_axis(zoom)
     return tuple(np.append(np.delete(v, last), v[last]) for v in (size, zoom))
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def batch_plan(
 ) -> list[list[int]]:  # the samples of each step
     "Which samples this process sees in each step of an epoch: all full batches of one global order."
     batch = batch_size * processes
-    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order = epoch_order(n, seed, epoch)
     order = np.resize(order, max(n // batch, 1) * batch)         # fewer than one batch: go round again
     return [order[i+rank:i+batch:processes].tolist() for i in range(0, len(order), batch)]
 
