@@ -365,7 +365,7 @@ def scan_cine(
     "A frame of a cine MR: as `scan_mr`, with bright, swirling blood and the noise of a fast sequence."
     return scan_mr(scene, rng, cine_signals, noise=(0.03, 0.09), texture=(0.02, 0.04))
 
-# %% ../../nbs/data/02_phantoms.ipynb #c028
+# %% ../../nbs/data/02_phantoms.ipynb #c030
 class Heart(NamedTuple):
     "The measures of one heart at one moment, in mm."
     radius:float   # outer radius of the left ventricle at its base
@@ -444,7 +444,7 @@ def draw_heart(
     _add_heart(scene, rng, heart)
     return scene
 
-# %% ../../nbs/data/02_phantoms.ipynb #c031
+# %% ../../nbs/data/02_phantoms.ipynb #c033
 class Kind(NamedTuple):
     "What `make_phantom` needs to know of one kind of phantom."
     shape:tuple     # default voxels
@@ -494,7 +494,7 @@ def _draw_beat(rng, index, seed, shape, size) -> Scene:
     heart, shortening = heart_of(person), person.uniform(0.12, 0.38)
     return draw_heart(rng, shape, size, contract(heart, 0 if index % 2 == 0 else rng.uniform(0.8, 1), shortening))
 
-# %% ../../nbs/data/02_phantoms.ipynb #c032
+# %% ../../nbs/data/02_phantoms.ipynb #c034
 def nifti_bytes(
     image:nib.Nifti1Image,  # to write
 ) -> bytes:                 # a .nii.gz file

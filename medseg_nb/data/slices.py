@@ -455,7 +455,7 @@ def mirror(
     axes = [[lead + a for a, sign in enumerate(row) if sign < 0] for row in signs.tolist()]
     return torch.stack([sample.flip(a) for sample, a in zip(x, axes, strict=True)])
 
-# %% ../../nbs/data/03_slices.ipynb #c035
+# %% ../../nbs/data/03_slices.ipynb #c037
 def epoch_order(
     n:int,       # samples there are
     seed:int=0,
@@ -502,7 +502,7 @@ def make_loader(
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last,
                       pin_memory=torch.cuda.is_available())
 
-# %% ../../nbs/data/03_slices.ipynb #c040
+# %% ../../nbs/data/03_slices.ipynb #c042
 def example_slice(
     size:int,             # side in pixels, > 0
     name="chaos_mr",      # a collection below MEDSEG_DATA

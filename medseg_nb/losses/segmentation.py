@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core import LabelError, ShapeError
 
-# %% ../../nbs/losses/00_segmentation.ipynb #c011
+# %% ../../nbs/losses/00_segmentation.ipynb #c013
 def _as_tokens(logits, y, check_labels):
     "(B,Z,*S), (B,*S) -> float32 (B,Z,N), int64 (B,N); raises `ShapeError`, `LabelError`."
     if logits.ndim < 3 or logits.shape[1] < 2 or not logits.is_floating_point():
