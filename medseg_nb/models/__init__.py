@@ -1,6 +1,8 @@
 "Networks: encoder, a bottleneck in the slot, decoder."
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, Slot
+from .peers import ASPP, AttentionDecoder, AttentionGate, CascadedUpsampler, DeepLabDecoder, TransVQBottleneck, ViTBottleneck, VQBottleneck
 from .synergynet import SynergyBottleneck
-from .zoo import build_model, list_models, load_model, save_model
+from .zoo import build_model, list_models, list_settings, load_model, save_model
 
-__all__ = ["EncoderDecoder", "IdentityBottleneck", "SegOutput", "Slot", "SynergyBottleneck", "build_model", "list_models", "load_model", "save_model"]
+__all__ = ["ASPP", "AttentionDecoder", "AttentionGate", "CascadedUpsampler", "DeepLabDecoder", "EncoderDecoder", "IdentityBottleneck", "SegOutput", "Slot",
+           "SynergyBottleneck", "TransVQBottleneck", "VQBottleneck", "ViTBottleneck", "build_model", "list_models", "list_settings", "load_model", "save_model"]
