@@ -1,4 +1,6 @@
 """The networks the papers compare with: against independent implementations, official sizes, and numbers that do not fit."""
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,19 @@ from medseg_nb.core import CheckpointError, ShapeError
 from medseg_nb.losses.segmentation import BCEDice
 from medseg_nb.models import build_model
 from medseg_nb.models.encoder_decoder import ResidualEncoder, conv_layer
-from medseg_nb.models.peers import (ASPP, AttentionDecoder, AttentionGate, CascadedUpsampler, DeepLabDecoder, Transformer, TransformerLayer,
-                                    TransVQBottleneck, ViTBottleneck, VQBottleneck, resample_positions)
+from medseg_nb.models.peers import (
+    ASPP,
+    AttentionDecoder,
+    AttentionGate,
+    CascadedUpsampler,
+    DeepLabDecoder,
+    Transformer,
+    TransformerLayer,
+    TransVQBottleneck,
+    ViTBottleneck,
+    VQBottleneck,
+    resample_positions,
+)
 from medseg_nb.models.zoo import count_parameters
 
 PEERS = ("attunet-r50", "deeplabv3plus-r50", "r50-vit", "transunet", "vqunet", "transvqunet-2s2h", "transvqunet-8s2h")
@@ -67,9 +80,8 @@ def test_gate_that_is_open_is_a_unet():
 def test_layer_is_pytorchs(heads):
     ours = TransformerLayer(8, heads, 20).double()
     theirs = nn.TransformerEncoderLayer(8, heads, 20, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True).double()
-    names = {"norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias", "attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias",
-             "attn.proj.weight": "self_attn.out_proj.weight", "attn.proj.bias": "self_attn.out_proj.bias", "norm2.weight": "norm2.weight", "norm2.bias": "norm2.bias",
-             "mlp.fc1.weight": "linear1.weight", "mlp.fc1.bias": "linear1.bias", "mlp.fc2.weight": "linear2.weight", "mlp.fc2.bias": "linear2.bias"}
+    renamed = {"attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
+    names = {k: next((k.replace(a, b) for a, b in renamed.items() if a in k), k) for k in ours.state_dict()}
     theirs.load_state_dict({b: ours.state_dict()[a] for a, b in names.items()})
     x = torch.randn(2, 7, 8, dtype=torch.double, requires_grad=True)
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -78,7 +90,7 @@ def test_layer_is_pytorchs(heads):
 
 def test_layer_is_timms_weight_for_weight():
     from timm.models.vision_transformer import Block
-    ours, theirs = TransformerLayer(12, 3, 24).double(), Block(12, 3, mlp_ratio=2, qkv_bias=True, norm_layer=lambda w: nn.LayerNorm(w, 1e-6)).double()
+    ours, theirs = TransformerLayer(12, 3, 24).double(), Block(12, 3, mlp_ratio=2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)).double()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True)
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -172,6 +184,7 @@ def test_transunet_has_the_official_parameters():
 def test_hybrid_is_timms():
     "Encoder and transformer with timm's weights compute what timm's hybrid computes, up to its class token."
     import timm
+
     from medseg_nb.models.peers import HybridEncoder
     vit = timm.create_model("vit_base_r50_s16_224", num_classes=0, depth=1, class_token=False, pos_embed="learn", global_pool="avg", fc_norm=False)
     encoder, slot = HybridEncoder().eval(), ViTBottleneck(1024, layers=1).eval()
