@@ -1,6 +1,7 @@
-"""What SynergyNet's three blocks add to a training step: ResNet-50, 224 x 224, batch 2, dim 512.
+"""What a training step costs at the paper's size, 224 x 224, batch 2: SynergyNet's three blocks, and the networks it is compared with.
 
     python benchmarks/training_step.py
+    python benchmarks/training_step.py --models transunet,deeplabv3plus-r50,smp-deeplabv3plus
 
 The target: quantizer, DisConX and refinement together add at most 20% to the step of the same network with the identity in their place
 (pre- and post-quantization blocks kept). The peer row is segmentation-models-pytorch's ResNet-50 UNet. Medians of interleaved rounds.
@@ -24,12 +25,25 @@ class WithoutBlocks(nn.Module):
     def forward(self, z): return Slot(self.post(self.pre(z)), {}, {})
 
 
-def networks():
+def without_blocks():
+    "synergynet-8s2h with the identity in the place of its three blocks."
+    model = build_model("synergynet-8s2h", classes=9); model.bottleneck = WithoutBlocks(model.bottleneck)
+    return model
+
+
+def peer(kind):
+    "A network of segmentation-models-pytorch with random weights."
     import segmentation_models_pytorch as smp
-    identity = build_model("synergynet-8s2h", classes=9); identity.bottleneck = WithoutBlocks(identity.bottleneck)
-    return {"identity in the slot (pre, post kept)": identity, "synergynet-8s2h": build_model("synergynet-8s2h", classes=9),
-            "synergynet-8s8h": build_model("synergynet-8s8h", classes=9), "unet-r50": build_model("unet-r50", classes=9),
-            "smp UNet ResNet-50": smp.Unet("resnet50", encoder_weights=None, in_channels=1, classes=9)}
+    return getattr(smp, kind)("resnet50", encoder_weights=None, in_channels=1, classes=9)
+
+
+OTHERS = {"identity": without_blocks, "smp-unet": lambda: peer("Unet"), "smp-deeplabv3plus": lambda: peer("DeepLabV3Plus")}
+DEFAULT = "identity,synergynet-8s2h,synergynet-8s8h,unet-r50,smp-unet"
+
+
+def network(name):
+    "A row of the table by its name."
+    return OTHERS[name]() if name in OTHERS else build_model(name, classes=9)
 
 
 def step(model, optimiser, x, y, loss):
@@ -44,8 +58,11 @@ def step(model, optimiser, x, y, loss):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds, x, y, loss = parser.parse_args().rounds, torch.randn(2, 1, 224, 224), torch.randint(0, 9, (2, 224, 224)), BCEDice()
-    torch.manual_seed(0); models = networks()
+    parser.add_argument("--models", default=DEFAULT, help="names with commas between, the first is the base of the ratios: a name of `medseg models`, or "
+                        + ", ".join(OTHERS) + " (identity: synergynet-8s2h with pre and post blocks only)")
+    args = parser.parse_args()
+    rounds, x, y, loss = args.rounds, torch.randn(2, 1, 224, 224), torch.randint(0, 9, (2, 224, 224)), BCEDice()
+    torch.manual_seed(0); models = {name: network(name) for name in args.models.split(",")}
     optimisers = {n: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9) for n, m in models.items()}
     times = {n: [] for n in models}
     for k in range(rounds + 1):

@@ -1,23 +1,24 @@
 """Networks: any size in, the same size out; numbers that do not fit are refused before anything is built."""
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg_nb.core import CheckpointError, MedsegError, ShapeError
-from medseg_nb.models import build_model, list_models, load_model, save_model
+from medseg_nb.models import build_model, list_models, list_settings, load_model, save_model
 
-SMALL = dict(size="teach", widths=(4, 8, 8), dim=16, codebook_size=8)
+SMALL = dict(widths=(4, 8, 8), dim=16, codebook_size=8, width=16, mlp=32, layers=2, grid=3, decoder_skip_width=4)
 
 
 def small(name="synergynet-8s2h", **changes):
-    "A network that fits in a blink; the UNet takes no bottleneck settings."
-    settings_ = {**SMALL, **changes}
-    if name.startswith("unet"): settings_ = {k: v for k, v in settings_.items() if k not in ("dim", "codebook_size")}
-    return build_model(name, **settings_)
+    "A network that fits in a blink, made small by those settings it takes."
+    takes = list_settings(name, "teach")
+    return build_model(name, **{**{k: v for k, v in SMALL.items() if k in takes}, "size": "teach", **changes})
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(list_models()), st.integers(2, 3), st.integers(1, 4), st.integers(2, 6), st.lists(st.integers(5, 33), min_size=3, max_size=3))
 def test_any_size_any_channels(name, dims, channels, classes, sides):
     x = torch.randn(1, channels, *sides[:dims])
@@ -27,7 +28,7 @@ def test_any_size_any_channels(name, dims, channels, classes, sides):
     assert torch.equal(model.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if n.startswith("synergynet")])
+@pytest.mark.parametrize("name", list_models())
 def test_every_weight_learns(name):
     model = small(name, classes=3)
     out = model(torch.randn(2, 1, 24, 24), aux=True)
@@ -48,6 +49,19 @@ def test_the_six_encoders(encoder, stride):
     dict(dim=20), dict(codebook_size=0), dict(soft_heads=3), dict(hard_heads=5), dict(in_channels=0), dict(classes=1), dict(spatial_dims=4), dict(nonsense=1)])
 def test_numbers_that_do_not_fit(changes):
     with pytest.raises(ShapeError): small(**changes)
+
+
+def test_settings_of_another_model_are_refused():
+    with pytest.raises(ShapeError, match="codebook_size"): build_model("unet-r50", size="teach", codebook_size=8)
+    with pytest.raises(ShapeError, match="stride"): build_model("unet-r50", size="teach", stride=32)
+    assert build_model("unet-r50", size="teach", encoder="resnet18", stride=32).encoder.strides[-1] == 32
+
+
+@pytest.mark.parametrize("name, entries", [("synergynet-8s2h", "a34825dd0ae3034cf98539c7f29ab1f8"), ("unet-r50", "a064f9b4d5ef52af083189373691edad")])
+def test_names_of_weights_stay(name, entries):
+    "Runs that were saved load for good: names and shapes of all weights, in order, as a digest."
+    state = build_model(name, 1, 4, size="teach").state_dict()
+    assert hashlib.md5(str([(k, tuple(v.shape)) for k, v in state.items()]).encode()).hexdigest() == entries
 
 
 def test_codebook_of_one_code():

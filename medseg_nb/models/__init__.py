@@ -1,8 +1,10 @@
 "Networks: encoder, a bottleneck in the slot, decoder."
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, Slot
 from .l2gnet import L2GBottleneck
+from .peers import ASPP, AttentionDecoder, AttentionGate, CascadedUpsampler, DeepLabDecoder, TransVQBottleneck, VQBottleneck, ViTBottleneck
 from .synergynet import SynergyBottleneck
-from .zoo import build_model, list_models, load_model, save_model
+from .zoo import build_model, list_models, list_settings, load_model, save_model
 
-__all__ = ["EncoderDecoder", "IdentityBottleneck", "L2GBottleneck", "SegOutput", "Slot", "SynergyBottleneck",
-           "build_model", "list_models", "load_model", "save_model"]
+__all__ = ["ASPP", "AttentionDecoder", "AttentionGate", "CascadedUpsampler", "DeepLabDecoder", "EncoderDecoder", "IdentityBottleneck",
+           "L2GBottleneck", "SegOutput", "Slot", "SynergyBottleneck", "TransVQBottleneck", "VQBottleneck", "ViTBottleneck", "build_model",
+           "list_models", "list_settings", "load_model", "save_model"]

@@ -59,9 +59,10 @@ def conv_block(
     dims:int=2,           # spatial dimensions
     stride:int=1,         # 2 halves the grid
     norm:str="batch",     # "batch" or "instance"
+    kernel:int=3,         # pixels a side, odd
 ) -> nn.Sequential:
-    "3-wide convolution, normalisation, rectifier."
-    return nn.Sequential(conv_layer(dims)(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+    "Convolution, normalisation, rectifier."
+    return nn.Sequential(conv_layer(dims)(channels_in, channels_out, kernel, stride=stride, padding=kernel//2, bias=False),
                          norm_layer(norm, channels_out, dims), nn.LeakyReLU(0.01, inplace=True))
 
 class ResidualUnit(nn.Module):
@@ -131,18 +132,20 @@ class TimmEncoder(nn.Module):
         in_channels:int=3,       # image channels; pretrained filters are summed or repeated to fit
         stride:int=16,           # stride of the deepest feature: 16 or 32
         pretrained:bool=False,   # ImageNet weights
+        dilate:bool=False,       # keep the stage below stride 16 and dilate it instead of halving the grid (DeepLab)
     ):
         super().__init__()
         if stride not in (16, 32): raise ShapeError("bottleneck stride does not fit", found=stride, expected="16 or 32")
-        self.body = _timm_features(name, in_channels, (0, 1, 2, 3) if stride == 16 else (0, 1, 2, 3, 4), pretrained)
+        levels = (0, 1, 2, 3) if stride == 16 and not dilate else (0, 1, 2, 3, 4)
+        self.body = _timm_features(name, in_channels, levels, pretrained, **({"output_stride": stride} if dilate else {}))
         self.channels, self.strides = tuple(self.body.feature_info.channels()), tuple(self.body.feature_info.reduction())
         self.spatial_dims = 2
     def forward(self, x:Tensor) -> list[Tensor]: return self.body(x)
 
-def _timm_features(name, in_channels, levels, pretrained):
+def _timm_features(name, in_channels, levels, pretrained, **options):
     "Build the timm network; say clearly what could not be had."
     import timm
-    try: return timm.create_model(name, features_only=True, out_indices=levels, in_chans=in_channels, pretrained=pretrained)
+    try: return timm.create_model(name, features_only=True, out_indices=levels, in_chans=in_channels, pretrained=pretrained, **options)
     except Exception as error:
         if pretrained and name in timm.list_models():
             raise CheckpointError(f"ImageNet weights of {name} could not be loaded ({type(error).__name__})",
@@ -170,6 +173,7 @@ class DecoderLevel(nn.Module):
 
 class UNetDecoder(nn.Module):
     "Back to full resolution with skips, then one 1-wide convolution to class scores."
+    level = DecoderLevel  # what one level is; a decoder with another kind of level names it
     def __init__(self,
         encoder:nn.Module,         # gives `channels`, `strides`, `spatial_dims`
         channels_in:int,           # channels of what the slot gives
@@ -184,7 +188,7 @@ class UNetDecoder(nn.Module):
         if encoder.strides[0] == 2 and not folds: skips.append(0)
         widths = widths or [min(c or 16, 256 // 2**i) for i, c in enumerate(skips)]
         inputs = (channels_in, *widths[:-1])
-        self.levels = nn.ModuleList(DecoderLevel(i, s, o, dims, norm, blocks) for i, s, o in zip(inputs, skips, widths))
+        self.levels = nn.ModuleList(self.level(i, s, o, dims, norm, blocks) for i, s, o in zip(inputs, skips, widths))
         self.head = conv_layer(dims)(widths[-1], classes * 2**dims if folds else classes, 1)
         self.unfold = UnfoldPixels() if folds else nn.Identity()
         if folds: self._start_alike(2**dims)
