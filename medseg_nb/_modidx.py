@@ -500,6 +500,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'medseg_nb/experiments/comparison.py'),
                                                   'medseg_nb.experiments.comparison._costs_of': ( 'experiments/comparison.html#_costs_of',
                                                                                                   'medseg_nb/experiments/comparison.py'),
+                                                  'medseg_nb.experiments.comparison._folded': ( 'experiments/comparison.html#_folded',
+                                                                                                'medseg_nb/experiments/comparison.py'),
                                                   'medseg_nb.experiments.comparison._four': ( 'experiments/comparison.html#_four',
                                                                                               'medseg_nb/experiments/comparison.py'),
                                                   'medseg_nb.experiments.comparison._ours': ( 'experiments/comparison.html#_ours',

@@ -37,8 +37,9 @@ from ..evaluation.cases import (EMPTY_IS, HD95_IS, IN_MM, METRICS, latex_of, mar
 from ..evaluation.inference import predict_volume
 from ..training.supervised import (Recipe, Session, TrainingData, check_same_run, load_run, make_accelerator, read_tensors,
                                            train)
-from ..explain.report import (class_keys, definitions, draw_case, grid, html_table, make_page, picture, png_tag, score_run,
-                                      section, shown_image, tiles)
+from ..explain.report import (class_keys, definitions, draw_case, grid, html_table, make_page, new_figure, picture, png_tag, score_run,
+                                      section, shown_image, svg_tag, tiles)
+from ..explain.viewer import class_colour
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c003
 @dataclass(frozen=True)
@@ -196,20 +197,21 @@ def fit_missing(
     cache=None,      # as in train
 ) -> pd.DataFrame:   # model, seed, case, class, DSC, ...: a row per run, case and class
     "Train what is missing, all models with the first seed first, and score all on the same test cases."
-    rows, start, total = [], monotonic(), len(seeds)*len(variants)
-    with progress(None, "runs", total=total) as bar:
-        for seed, variant in itertools.product(seeds, variants):
+    rows, pairs, start = [], list(itertools.product(seeds, variants)), monotonic()
+    done = sum(is_finished(run_folder(out, v, seed)) for seed, v in pairs)     # before this call
+    with progress(None, "runs", total=len(pairs)) as bar:
+        for seed, variant in pairs:
             frame = fit_one(variant, collection, replace(recipe, seed=seed), run_folder(out, variant, seed), cache)
             rows.append(frame.assign(model=variant.label, seed=seed))
             bar.update()
-            _say(len(rows), total, variant, seed, frame, monotonic() - start)
+            _say(len(rows), len(pairs), done, f"{variant.label}, seed {seed}: Dice {summarise(frame).loc['mean', 'DSC']:.3f}", monotonic() - start)
     scores = pd.concat(rows, ignore_index=True)
     return scores[["model", "seed", "case", "class", *METRICS]]
 
-def _say(done, total, variant, seed, frame, seconds):
-    "A line per finished run: which, how good, how long the rest may take."
-    left = f"about {seconds/done*(total - done)/60:.1f} min left" if done < total else f"{seconds/60:.1f} min in all"
-    tqdm.write(f"{done} of {total}: {variant.label}, seed {seed}: Dice {summarise(frame).loc['mean', 'DSC']:.3f}; {left}")
+def _say(now, total, done, what, seconds):
+    "A line per run: which, how good, how long the rest may take by those trained in this call."
+    left = f"; about {seconds/(now - done)*(total - now)/60:.1f} min left" if done < now < total else ""
+    tqdm.write(f"{now} of {total}: {what}{left}")
 
 def run_records(
     variants:list,  # of Variant
@@ -372,23 +374,22 @@ def measure_costs(
     recipe:Recipe,
     rounds:int=5,   # how often all models take their turn
     cache=None,     # as in train
-) -> pd.DataFrame:  # model, M parameters, GMAC, step ms, step ratio, peak MiB
-    "What a training step costs: one network in memory at a time, models taking turns, the median over the rounds."
+) -> pd.DataFrame:  # model, M parameters, GMAC, peak MiB, step ms, step ratio (to the first model)
+    "What a training step costs: one network in memory at a time, models taking turns, medians (of the ratio, round by round)."
     data, accelerator = TrainingData(collection, recipe, cache), make_accelerator()
     new = lambda v: Session(build_variant(v, collection, recipe), data, recipe, accelerator)
     batch, times = next(iter(new(variants[0]).batches())), {v.label: [] for v in variants}
     for _, v in itertools.product(progress(range(rounds), "costs"), variants): times[v.label].append(timed_step(new(v), batch))
-    rows = [_costs_of(v, new(v), batch, np.median(times[v.label])) for v in variants]
-    table = pd.DataFrame(rows)
-    table.insert(4, "step ratio", table["step ms"]/table["step ms"].iloc[0])
-    return table
+    table = pd.DataFrame([_costs_of(v, new(v), batch) for v in variants])
+    laps = np.array([times[v.label] for v in variants])                              # (models, rounds)
+    return table.assign(**{"step ms": np.median(laps, 1), "step ratio": np.median(laps/laps[0], 1)})
 
-def _costs_of(variant, session, batch, ms):
+def _costs_of(variant, session, batch):
     "One row of the costs."
     memory = peak_memory(lambda: session.step(*batch, 0), session.accelerator.device)
     model = session.bare.cpu().eval()
     return {"model": variant.label, "M parameters": count_parameters(model)/1e6, "GMAC": count_macs(model, (1, *batch[0].shape[1:]))/1e9,
-            "step ms": ms, "peak MiB": memory}
+            "peak MiB": memory}
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c009
 def case_means(
@@ -411,18 +412,16 @@ def plot_seeds(
     metric="DSC",
 ):                        # matplotlib figure
     "Every run a point: is the distance between models larger than that between seeds?"
-    from matplotlib.figure import Figure
     table = scores.groupby(["model", "seed", "class"], sort=False)[metric].mean().groupby(["model", "seed"], sort=False).mean()
     models = list(dict.fromkeys(scores["model"]))
-    figure = Figure(figsize=(6, 0.9 + 0.4*len(models)), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = new_figure(6, max(2.4, 0.9 + 0.36*len(models)))
     for i, model in enumerate(models):
         values = table[model].to_numpy()
         ax.plot([values.min(), values.max()], [i, i], color="#56B4E9", lw=4, alpha=0.5, solid_capstyle="round")
         ax.plot(values, np.full(len(values), i), "o", ms=5, color="#0072B2")
         ax.plot(values.mean(), i, "|", ms=16, mew=2, color="#D55E00")
     ax.set_yticks(range(len(models)), models)
-    ax.set(ylim=(len(models) - 0.5, -0.5), xlabel=f"{metric}{' (mm)' if metric in IN_MM else ''}, mean over cases and classes; a point is a run")
+    ax.set(ylim=(len(models) - 0.5, -0.5), xlabel=f"mean {metric}{' (mm)' if metric in IN_MM else ''} of a run")
     ax.grid(axis="x", alpha=0.25)
     return figure
 
@@ -448,22 +447,26 @@ def worst_pictures(
     return pictures
 
 def worst_page(
-    pictures:list,    # from worst_pictures
+    pictures:list,  # from worst_pictures
+    classes:dict,   # {id: name}
     columns:int=4,
 ):                    # matplotlib figure
     "All of them on one page."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     rows = -(-len(pictures)//columns)
-    page = Figure(figsize=(2.4*columns, 2.9*rows), layout="constrained")
+    page = Figure(figsize=(2.4*columns, 2.8*rows + 0.5), layout="constrained")
     axes = np.atleast_1d(page.subplots(rows, columns)).ravel()
     for ax in axes: ax.set_axis_off()
     for ax, (figure, label, seen) in zip(axes, pictures):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         ax.imshow(np.asarray(canvas.buffer_rgba()))
-        ax.set_title(f"{label}\n{seen}", fontsize=7)
-    page.supxlabel("truth solid, prediction dashed", fontsize=8)
+        ax.set_title("\n".join([label, *seen.split(": ")]), fontsize=6.5)
+    lines = [Line2D([], [], color=class_colour(c), label=name) for c, name in classes.items() if c]
+    lines += [Line2D([], [], color="grey", ls=ls, label=what) for what, ls in (("truth", "-"), ("prediction", "--"))]
+    page.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), fontsize=7, frameon=False)
     return page
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c011
@@ -573,6 +576,8 @@ def write_results(
 def _rounded(frame, digits=3):  # -> rows of text
     return [[f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
 
+def _folded(what, html): return f"<details><summary>{escape(what)}</summary>{html}</details>"
+
 def comparison_headline(
     result:Comparison,
 ) -> str:
@@ -589,16 +594,19 @@ def comparison_tables(
     result:Comparison,
 ) -> list:  # of HTML
     "The sections with the summary, the tests and the costs."
-    cells = summary_cells(result.summary, ("DSC", "HD95", "IoU", "ASSD")).reset_index()
+    cells = summary_cells(result.summary, ("DSC", "HD95", "IoU", "ASSD"))
+    mean, cells = cells[cells.index == "mean"], cells[cells.index != "mean"].reset_index()
     tests = result.tests[result.tests["metric"].isin(("DSC", "HD95"))]
-    first = result.scores["model"].nunique()
-    return [section("Results", summary_caption(result.scores), html_table(cells.to_numpy(), cells.columns, strong=range(first))),
+    notes = " ".join(f"With {note}." for note in dict.fromkeys(tests["note"]) if note)
+    tests = tests.drop(columns=["note", "reference"])
+    return [section("Results", summary_caption(result.scores), html_table(mean.to_numpy(), mean.columns),
+                    _folded("every class", html_table(cells.to_numpy(), cells.columns))),
             section(f"Against {result.reference}", "Wilcoxon signed-rank tests on paired differences (model minus reference) over persons, seeds averaged first; "
-                    "Holm-corrected over the models of a metric. All seven metrics are in tests.csv.", html_table(_rounded(tests), tests.columns)),
+                    f"Holm-corrected over the models of a metric. All seven metrics are in tests.csv. {notes}", html_table(_rounded(tests), tests.columns)),
             section("Costs", "A training step on one batch, models taking turns, medians; GMAC of one sample; peak memory of a step above weights and batch, "
                     "from the profiler on a CPU, from the allocator on a GPU.", html_table(_rounded(result.costs), result.costs.columns)),
             section("Runs", "The same recipe for every run; seconds are wall time, which depends on what else the machine did.",
-                    html_table(_rounded(result.runs), result.runs.columns))]
+                    _folded(f"all {len(result.runs)} runs", html_table(_rounded(result.runs), result.runs.columns)))]
 
 def comparison_pictures(
     result:Comparison,
@@ -606,8 +614,10 @@ def comparison_pictures(
     pictures:list,  # from worst_pictures
 ) -> list:          # of HTML
     "The sections with the seeds, the boxes and the worst cases."
-    figures = [picture(png_tag(plot_seeds(result.scores), "Dice of every run"), "Every run a point.", "The bar is the mean of a model's runs."),
-               picture(png_tag(plot_boxes(result.scores, ("DSC",)), "Dice of every case"), "Every case a point.", "Mean over classes and seeds.")]
+    boxes = plot_boxes(result.scores, ("DSC",))
+    boxes.set_size_inches(6, max(2.8, 0.9 + 0.36*result.scores["model"].nunique()))
+    figures = [picture(svg_tag(plot_seeds(result.scores), "Dice of every run"), "Every run a point.", "The bar is the mean of a model's runs."),
+               picture(svg_tag(boxes, "Dice of every case"), "Every case a point.", "Mean over classes and seeds.")]
     worst = [picture(png_tag(figure, seen), f"{label}.", seen) for figure, label, seen in pictures]
     return [section("Spread", "Over seeds on the left, over cases on the right: two different things.", grid(figures, wide=True)),
             section("Worst cases", "Of the first run of each model; truth is the solid line, the prediction the dashed one.",
@@ -669,7 +679,7 @@ def compare(
                         run_records(variants, seeds, out), reference)
     write_results(result, published)
     pictures = worst_pictures(variants, collection, scores, out)
-    write_figure(worst_page(pictures), out/"worst", ["png"])
+    write_figure(worst_page(pictures, collection.classes), out/"worst", ["png"])
     write_comparison_report(result, collection, pictures, facts, published)
     return result
 

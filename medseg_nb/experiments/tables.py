@@ -171,7 +171,7 @@ def _method(row, size):
 def _codebook(row, size):
     "SynergyNet-8s2h with the K and dim of a row."
     K, dim = (int(row[k])//SCALE[size] for k in ("K", "dim"))
-    return {"": Variant(f"synergynet-8s2h K{K} dim{dim}", "synergynet-8s2h", dict(codebook_size=K, dim=dim))}
+    return {"": Variant(f"K {K}, dim {dim}", "synergynet-8s2h", dict(codebook_size=K, dim=dim))}
 
 def _heads(row, size):
     "SynergyNet with the heads of a row."
@@ -181,18 +181,18 @@ def _heads(row, size):
 def _backbone(row, size):
     "SynergyNet-8s2h with the backbone of a row; at teaching size its width stands for it, and EfficientNets have no stand-in."
     name = row["Backbone"]
-    if size == "paper": return {"": Variant(f"synergynet-8s2h {name}", "synergynet-8s2h", dict(encoder=TIMM[name]))}
+    if size == "paper": return {"": Variant(name, "synergynet-8s2h", dict(encoder=TIMM[name]))}
     if name not in WIDTHS: return {"": None}
     widths = WIDTHS[name]
-    return {"": Variant(f"synergynet-8s2h widths {'-'.join(map(str, widths))}", "synergynet-8s2h", dict(widths=widths))}
+    return {"": Variant(f"widths {'-'.join(map(str, widths))}", "synergynet-8s2h", dict(widths=widths))}
 
 def _embedding(row, size):
     "SynergyNet and L2GNet with the codes' dim of a row; 0 is no codebook, which the paper fills with TransUNet's figures for SynergyNet."
     dim = int(row["K_dim"])//SCALE[size]
     if dim == 0: return {"SynergyNet": Variant("transunet", "transunet"),
                          "L2GNet": Variant("l2gnet-4ref no codebook", "l2gnet-4ref", dict(codebook_size=0))}
-    return {"SynergyNet": Variant(f"synergynet-8s2h dim{dim}", "synergynet-8s2h", dict(dim=dim)),
-            "L2GNet": Variant(f"l2gnet-4ref dim{dim}", "l2gnet-4ref", dict(dim=dim))}
+    return {"SynergyNet": Variant(f"synergynet-8s2h dim {dim}", "synergynet-8s2h", dict(dim=dim)),
+            "L2GNet": Variant(f"l2gnet-4ref dim {dim}", "l2gnet-4ref", dict(dim=dim))}
 
 def _q_model(q):
     "Heads 8-2 are SynergyNet's, a single number is L2GNet's references."
