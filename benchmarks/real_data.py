@@ -1,4 +1,4 @@
-"""A few minutes of SynergyNet on three more real collections, with the tables the notebook experiments/00_real_data shows.
+"""A few minutes of SynergyNet on three more real collections, with the tables the notebook experiments/02_real_data shows.
 
     MEDSEG_DATA=folder python benchmarks/real_data.py --minutes 4 --out results
 

@@ -2,12 +2,14 @@
 
 # %% auto #0
 __all__ = ['find_data', 'show_models', 'run_phantom', 'make_recipe', 'run_train', 'print_scores', 'report_run', 'run_evaluate',
-           'find_images', 'run_predict', 'predict_case', 'run_demo', 'make_parser', 'main']
+           'find_images', 'run_predict', 'predict_case', 'read_seeds', 'plan_comparison', 'run_compare', 'run_demo',
+           'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #c002
 import argparse
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -124,6 +126,41 @@ def predict_case(
     save_volume(np.asarray(mask.dataobj), mask, out, classes=run.collection.classes)
 
 # %% ../nbs/99_cli.ipynb #c011
+def read_seeds(
+    text:str,  # whole numbers with commas between
+) -> list[int]:
+    "The seeds of `--seeds 0,1,2`; raises `MedsegError`."
+    from medseg_nb.experiments.comparison import check_seeds
+    try: return check_seeds(int(word) for word in text.split(","))
+    except ValueError: raise MedsegError("seeds are whole numbers with commas between", found=repr(text), expected="e.g. 0,1,2") from None
+
+def plan_comparison(args, size:str):
+    "The models, the reference and the published table that `--models` or `--table` ask for; raises `MedsegError`."
+    from medseg_nb.experiments.comparison import as_variants, check_reference
+    from medseg_nb.experiments.tables import table_plan
+    if bool(args.models) == bool(args.table):
+        raise MedsegError("compare needs either --models or --table", expected="e.g. --models unet-r50,synergynet-8s2h, or --table synergynet-5")
+    plan = table_plan(args.table, size) if args.table else (args.models.split(","), None, None)
+    models, reference, published = as_variants(plan[0]), plan[1], plan[2]
+    return models, check_reference(args.reference or reference, models), published
+
+def run_compare(args) -> None:
+    "medseg compare: train what is missing, score, test, write tables, figures and report.html."
+    from dataclasses import replace
+    from medseg_nb.data.collections import load_collection
+    from medseg_nb.experiments.comparison import compare, publish, summary_cells
+    size = args.size or args.recipe or "teach"
+    seeds, (models, reference, published) = read_seeds(args.seeds), plan_comparison(args, size)
+    collection = load_collection(find_data(args.data))
+    args.size = args.recipe or size
+    recipe = replace(make_recipe(args, collection), size=size)
+    result = compare(models, collection, recipe, seeds, args.out, reference, published, command=args.command)
+    cells = summary_cells(result.summary)
+    print(cells[cells.index == "mean"].to_string(index=False))
+    print(f"report: {result.folder/'report.html'}")
+    if args.publish: print(f"{len(publish(result.folder, args.publish))} files in {args.publish}")
+
+# %% ../nbs/99_cli.ipynb #c013
 def run_demo(args) -> None:
     "medseg demo: train, score, predict one unseen case, write the report."
     import shutil
@@ -140,7 +177,7 @@ def run_demo(args) -> None:
     predict_case(run, unseen.images, out/"masks"/f"{unseen.id}.nii.gz")
     print(f"mask:   {out/'masks'/unseen.id}.nii.gz")
 
-# %% ../nbs/99_cli.ipynb #c013
+# %% ../nbs/99_cli.ipynb #c015
 def _add(commands, name, run, what, example):
     "One sub-command with its example."
     parser = commands.add_parser(name, help=what, description=what, epilog=f"example: {example}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -160,6 +197,25 @@ def _add_train(commands):
     p.add_argument("--split", default=None, help="auto, file, random, or id-block")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
 
+def _add_compare(commands):
+    "Models or a table, data, budget, folder."
+    p = _add(commands, "compare", run_compare, "train several models, score them on the same cases, test the differences",
+             "medseg compare --models unet-r50,synergynet-8s2h --data cardiac-mr --seeds 0,1,2 --epochs 4 --out runs/comparison")
+    p.add_argument("--models", default=None, help="names from `medseg models`, with commas between")
+    p.add_argument("--table", default=None, help="a table of a paper instead: synergynet-1 to -9, l2gnet-1 to -5, or peers")
+    p.add_argument("--data", default="cardiac-mr", help="a folder with dataset.json, a collection below MEDSEG_DATA, or a phantom kind")
+    p.add_argument("--recipe", choices=("teach", "paper"), default=None, help="how the models are fitted; by default as --size")
+    p.add_argument("--size", choices=("teach", "paper"), default=None, help="networks and the tables' values: a laptop's or the paper's; by default as --recipe, else teach")
+    p.add_argument("--seeds", default="0,1,2", help="one run of each model for each")
+    p.add_argument("--reference", default=None, help="the model the others are tested against; by default the first, or the table's own")
+    for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)): p.add_argument(flag, type=kind, default=None, help="instead of the recipe's, for all runs")
+    p.add_argument("--minutes", type=float, default=None, help="of each run, instead of epochs: results then depend on the machine")
+    p.add_argument("--dims", type=int, choices=(2, 3), default=None, help="slices or volumes; by default what fits the spacing")
+    p.add_argument("--split", default=None, help="auto, file, random, or id-block")
+    p.add_argument("--out", default="runs/comparison", help="folder; the same command goes on with what it holds")
+    p.add_argument("--publish", default=None, help="copy tables and figures, no weights, to this folder")
+    p.set_defaults(seed=None, again="go on with the same command")
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the `medseg` command."
     parser = argparse.ArgumentParser(prog="medseg", description="Train, measure and explain medical image segmentation.")
@@ -172,6 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     p.add_argument("--out", required=True, help="folder to write")
     _add_train(commands)
+    _add_compare(commands)
     p = _add(commands, "evaluate", run_evaluate, "score a run in mm, per case and class", "medseg evaluate runs/heart --part test --out runs/heart/test.csv")
     p.add_argument("folder", metavar="RUN", help="a run folder")
     p.add_argument("--part", choices=("train", "validation", "test"), default="test", help="which part of the split")
@@ -187,12 +244,13 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="runs/demo", help="run folder, emptied first")
     return parser
 
-# %% ../nbs/99_cli.ipynb #c014
+# %% ../nbs/99_cli.ipynb #c016
 def main(
     argv=None,  # words after `medseg`; by default the command line's
 ) -> int:       # 0 done, 2 bad input, 1 a fault of ours
     "Run one sub-command."
     args = make_parser().parse_args(argv)
+    args.command = shlex.join(["medseg", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args)
         return 0
@@ -200,5 +258,5 @@ def main(
         print("medseg: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("medseg: stopped; go on with --resume", file=sys.stderr)
+        print(f"medseg: stopped; {getattr(args, 'again', 'go on with --resume')}", file=sys.stderr)
         return 2

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'IN_MM', 'HD95_IS', 'EMPTY_IS', 'TEX', 'measure_files', 'evaluate', 'summarise', 'table_cells',
-           'table_caption', 'table_to_markdown', 'table_to_latex', 'plot_metrics', 'worst_cases']
+           'table_caption', 'markdown_of', 'latex_of', 'table_to_markdown', 'table_to_latex', 'plot_metrics',
+           'worst_cases']
 
 # %% ../../nbs/evaluation/02_cases.ipynb #c002
 from pathlib import Path
@@ -139,28 +140,42 @@ def table_caption(
     if "empty" in known: said.append(EMPTY_IS[known["empty"]])
     return "; ".join(said) + "."
 
+def markdown_of(
+    cells:pd.DataFrame,  # of text, with the first column as its index
+    caption:str,         # what must stand next to the numbers
+) -> str:
+    "A table for a README, with its caption."
+    lines = [[cells.index.name or "class", *cells.columns], ["---"]*(len(cells.columns)+1), *cells.reset_index().to_numpy().tolist()]
+    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return f"{table}\n\n{caption}\n"
+
+def latex_of(
+    cells:pd.DataFrame,  # of text, with the first column as its index
+    caption:str,         # what must stand next to the numbers
+    rules=(),            # numbers of the rows that get a line above them
+) -> str:
+    "A table for a paper (needs the package booktabs), with its caption."
+    line = lambda row: "  " + " & ".join(map(_tex, row)) + r" \\"
+    head = [r"\begin{table}", rf"\caption{{{_tex(caption)}}}",
+            r"\begin{tabular}{l" + "c"*len(cells.columns) + "}", r"  \toprule", line([cells.index.name or "class", *cells.columns])]
+    body = [part for i, row in enumerate(cells.reset_index().to_numpy())
+            for part in ([r"  \midrule"] if i == 0 or i in rules else []) + [line(row)]]
+    return "\n".join([*head, *body, r"  \bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
 def table_to_markdown(
     frame:pd.DataFrame,       # as `evaluate` gives it
     metrics=("DSC", "HD95"),  # columns to print
 ) -> str:
     "The table for a README, with its caption."
-    cells = table_cells(frame, metrics)
-    lines = [["class", *cells.columns], ["---"]*(len(cells.columns)+1), *cells.reset_index().to_numpy().tolist()]
-    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"{table}\n\n{table_caption(frame)}\n"
+    return markdown_of(table_cells(frame, metrics), table_caption(frame))
 
 def table_to_latex(
     frame:pd.DataFrame,       # as `evaluate` gives it
     metrics=("DSC", "HD95"),  # columns to print
 ) -> str:
-    "The table for a paper (needs the package booktabs), with its caption."
+    "The table for a paper (needs the package booktabs), with its caption; a line above the mean."
     cells = table_cells(frame, metrics)
-    line = lambda row: "  " + " & ".join(map(_tex, row)) + r" \\"
-    *classes, mean = map(line, cells.reset_index().to_numpy())
-    head = [r"\begin{table}", rf"\caption{{{_tex(table_caption(frame))}}}",
-            r"\begin{tabular}{l" + "c"*len(cells.columns) + "}", r"  \toprule", line(["class", *cells.columns])]
-    body = [r"  \midrule", *classes, r"  \midrule", mean]
-    return "\n".join([*head, *body, r"  \bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    return latex_of(cells, table_caption(frame), rules=[len(cells)-1])
 
 TEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
                      "±": r"$\pm$", "–": "--", **{c: "\\" + c for c in "_%&#${}"}})

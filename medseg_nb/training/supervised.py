@@ -38,6 +38,8 @@ from ..losses.segmentation import BCEDice, CEDice, check_label_range
 from ..evaluation.inference import predict_probabilities
 
 # %% ../../nbs/training/00_supervised.ipynb #c008
+_SHARE_A_RECIPE = ("synergynet", "l2gnet", "unet", "attunet", "deeplabv3plus", "r50-vit", "transunet", "vqunet", "transvqunet")
+
 _one_of = lambda *names: (lambda v: v in names, " or ".join(map(repr, names)))
 _positive = (lambda v: v > 0, "> 0")
 _count = (lambda v: int(v) == v and v >= 1, "a whole number >= 1")
@@ -144,9 +146,9 @@ class Recipe:
         name:str="synergynet",  # whose recipe
         **changes,              # fields that differ
     ) -> "Recipe":
-        "A paper's recipe at the paper's size; raises `MedsegError` for a name it does not know."
-        if not str(name).startswith(("synergynet", "unet")):
-            raise MedsegError("no paper's recipe has this name", found=repr(name), expected="'synergynet'")
+        "SynergyNet's recipe, which its peers and L2GNet share, at the paper's size; raises `MedsegError` for a name without one."
+        if not str(name).startswith(_SHARE_A_RECIPE):
+            raise MedsegError("no paper's recipe has this name", found=repr(name), expected=" or ".join(_SHARE_A_RECIPE))
         paper = dict(epochs=150, optimiser="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, batch_size=8, inplane=224,
                      flips=(0, 1), rotate=20.0, scale=0.0, gain=0.0, size="paper", pretrained=True)
         return cls(**{**paper, **changes})
