@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..blocks.vector_quantization import VectorQuantizer
 from ..core import CheckpointError, MedsegError, ShapeError, write_atomically
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, ResidualEncoder, TimmEncoder, UNetDecoder
+from .l2gnet import L2GBottleneck
 from .peers import (ASPP, AttentionDecoder, CascadedUpsampler, DeepLabDecoder, HybridEncoder, TransVQBottleneck,
                                     ViTBottleneck, VQBottleneck)
 from .synergynet import SynergyBottleneck
@@ -47,6 +48,8 @@ _MODELS = {
     "synergynet-8s8h": Parts(SynergyBottleneck, both=dict(soft_heads=8, hard_heads=8)),
     "synergynet-8s0h": Parts(SynergyBottleneck, both=dict(soft_heads=8, hard_heads=0)),
     "synergynet-fusion": Parts(SynergyBottleneck, both=dict(soft_heads=0, hard_heads=2)),
+    "l2gnet-2ref": Parts(L2GBottleneck, both=dict(heads=2), paper=dict(codebook_size=512), teach=dict(anchors=64)),
+    "l2gnet-4ref": Parts(L2GBottleneck, both=dict(heads=4), paper=dict(codebook_size=512), teach=dict(anchors=64)),
 }
 _SIZES = {
     "paper": dict(encoder="resnet50", stride=16, dim=512, codebook_size=1024),
