@@ -1,5 +1,6 @@
 """Networks: any size in, the same size out; numbers that do not fit are refused before anything is built."""
 import hashlib
+import inspect
 
 import pytest
 import torch
@@ -52,9 +53,20 @@ def test_numbers_that_do_not_fit(changes):
 
 
 def test_settings_of_another_model_are_refused():
-    with pytest.raises(ShapeError, match="codebook_size"): build_model("unet-r50", size="teach", codebook_size=8)
-    with pytest.raises(ShapeError, match="stride"): build_model("unet-r50", size="teach", stride=32)
+    for wrong in (dict(soft_heads=2), dict(beta=0.5), dict(layers=2), dict(dilate=True)):
+        with pytest.raises(ShapeError, match=next(iter(wrong))): build_model("unet-r50", size="teach", **wrong)
     assert build_model("unet-r50", size="teach", encoder="resnet18", stride=32).encoder.strides[-1] == 32
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("size", ("teach", "paper"))
+def test_settings_are_listed_and_can_be_said_again(name, size):
+    "Saying every listed value gives the same network; the settings of a size may be said of every model."
+    said = list_settings(name, size)
+    assert not [k for k, v in said.items() if v is inspect.Parameter.empty]
+    with torch.device("meta"): nets = [build_model(name, 1, 3, size=size, **s) for s in ({}, said, dict(dim=said.get("dim", 64), codebook_size=said.get("codebook_size", 8)))]
+    shapes = [[(k, v.shape) for k, v in net.state_dict().items()] for net in nets]
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
 @pytest.mark.parametrize("name, entries", [("synergynet-8s2h", "a34825dd0ae3034cf98539c7f29ab1f8"), ("unet-r50", "a064f9b4d5ef52af083189373691edad")])

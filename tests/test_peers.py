@@ -234,7 +234,7 @@ def test_trains(name):
     torch.manual_seed(0)
     y = torch.zeros(2, 32, 32, dtype=torch.long); y[:, 8:24, 8:20] = 1
     x, loss = 0.3*torch.randn(2, 1, 32, 32) + y[:, None], BCEDice()
-    model = build_model(name, 1, 2, size="teach", widths=(8, 16, 16), **({} if name in ("attunet-r50",) else {"dim": 16}))
+    model = build_model(name, 1, 2, size="teach", widths=(8, 16, 16), dim=16)
     optimiser, seen = torch.optim.AdamW(model.parameters(), 5e-3), []
     for _ in range(40):
         out = model(x, aux=True); part = loss(out.logits, y); seen.append(float(part.detach()))
@@ -246,7 +246,7 @@ def test_trains(name):
     ("transunet", dict(heads=5)), ("transunet", dict(heads=0)), ("transunet", dict(layers=0)), ("transunet", dict(grid=0)), ("transunet", dict(mlp=0)),
     ("transvqunet-8s2h", dict(dim=20)), ("transvqunet-2s2h", dict(hard_heads=3)), ("transvqunet-2s2h", dict(soft_heads=0)), ("vqunet", dict(codebook_size=0)),
     ("vqunet", dict(soft_heads=2)), ("deeplabv3plus-r50", dict(rates=())), ("deeplabv3plus-r50", dict(rates=(0, 2))), ("deeplabv3plus-r50", dict(widths=(8,))),
-    ("deeplabv3plus-r50", dict(decoder_blocks=1)), ("r50-vit", dict(codebook_size=8)), ("attunet-r50", dict(dim=8)), ("transunet", dict(nonsense=1)),
+    ("deeplabv3plus-r50", dict(decoder_widths=(8, 8))), ("r50-vit", dict(soft_heads=8)), ("attunet-r50", dict(rates=(2,))), ("transunet", dict(nonsense=1)),
     ("transunet", dict(size="paper", spatial_dims=3)), ("transunet", dict(encoder="resnet1800"))])
 def test_numbers_that_do_not_fit(name, changes):
     with pytest.raises(ShapeError): build_model(name, **{"size": "teach", **changes})

@@ -103,7 +103,7 @@ def build_model(
 ) -> EncoderDecoder:
     "Build a network by name; raises `ShapeError` for a name, a size or a number that does not fit."
     settings = list_settings(name, size, overrides.get("encoder"))
-    _check_request(name, in_channels, classes, set(overrides) - set(settings))
+    _check_request(name, in_channels, classes, set(overrides) - set(settings) - set().union(*_SIZES.values()))
     settings |= overrides
     encoder = _build_encoder(settings, in_channels, spatial_dims, pretrained)
     norm = "instance" if isinstance(encoder, ResidualEncoder) else "batch"
