@@ -83,12 +83,10 @@ def recentre(
     K = torch.add(known, cost, alpha=-1/eps)
     if dead is not None: K.add_(dead)
     found, shift = lift(K, dim), lift(K, 3 - dim)
-    moved = known + shift
-    factor = torch.exp(known - moved).nan_to_num_(1.)   # not exp(-shift): what `moved` lost to rounding counts too
-    f, g = (found, moved) if dim == ROWS else (moved, found)
+    f, g = (found, known + shift) if dim == ROWS else (known + shift, found)
     if dead is not None: f = f + dead
-    del K
-    return gibbs_kernel(cost, eps, f, g), f, g, factor.flatten(1)[:, None]
+    del K   # made afresh below, the way the gradient will make it: the same numbers to the last bit
+    return gibbs_kernel(cost, eps, f, g), f, g, torch.exp(-shift).flatten(1)[:, None]
 
 # %% ../../nbs/blocks/03_sinkhorn.ipynb #c022
 class Scaling:
@@ -302,13 +300,15 @@ def _inspect(cost, eps, masses, mask):
     for m in masses.values(): seen += [m.min(), (m.sum(1) - 1).abs().max()]
     low, high, *rest = torch.stack(seen).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise MedsegError("the cost is not finite", found=f"{int((~cost.isfinite()).sum())} NaN or infinite entries", expected="finite numbers",
-                          fix="look for a division by zero or an overflow before; leave padding out with mask=")
-    if max(-low, high)/eps > torch.finfo(cost.dtype).max**0.5:
-        raise MedsegError("eps is too small for this cost", found=f"|cost| up to {max(-low, high):g}, eps={eps:g}",
-                          expected=f"|cost|/eps below {torch.finfo(cost.dtype).max**0.5:.0e}", fix="scale the cost to about 1; eps 0.001 is small then")
-    zeros = {name: _check_mass(name, m, *rest[2*i:2*i+2], mask if name == "a" else None) for i, (name, m) in enumerate(masses.items())}
-    return low, high, (zeros.get("a", False), zeros.get("b", False))
+        raise MedsegError("the cost is not finite", found=f"{int((~cost.isfinite()).sum())} NaN or infinite entries",
+                          expected="finite numbers", fix="look for an overflow before; leave padding out with mask=")
+    largest, limit = max(-low, high), torch.finfo(cost.dtype).max**0.5
+    if largest/eps > limit:
+        raise MedsegError("eps is too small for this cost", found=f"|cost| up to {largest:g}, eps={eps:g}",
+                          expected=f"|cost|/eps below {limit:.0e}", fix="scale the cost to about 1; 0.001 is a small eps then")
+    zeros = {"a": False, "b": False}
+    for i, (name, m) in enumerate(masses.items()): zeros[name] = _check_mass(name, m, *rest[2*i:2*i+2], mask if name == "a" else None)
+    return low, high, tuple(zeros.values())
 
 def _check_mass(name, m, smallest, excess, mask):
     "Whether a mass has zeros, given its smallest entry and the largest |sum - 1|; raises if it is none."
