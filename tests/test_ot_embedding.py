@@ -95,7 +95,7 @@ def loop_mapper(block, z):
     x = z.flatten(2).mT
     psi = loop_features(x, block.features.anchors, block.features.alpha) if block.features else x
     pooled, plan = loop_embedding(block.embedding, psi, grid, loop_sinkhorn)
-    pooled, (B, q, n, t) = pooled/pooled.norm(dim=-1, keepdim=True), plan.shape
+    pooled, (B, q, n, t) = block.norm(pooled), plan.shape
     if block.unpool == "transport":
         back = [[torch.cat([sum(n*plan[b, h, i, j]*pooled[b, h, j] for j in range(t)) for h in range(q)]) for i in range(n)] for b in range(B)]
         found = torch.stack([torch.stack(r) for r in back]) @ block.project.weight.T              # (B,n,dim)

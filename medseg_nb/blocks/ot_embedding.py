@@ -254,6 +254,7 @@ class L2GMapper(nn.Module):
         self.features = NystromFeatures(dim, anchors, alpha) if kernel == "gaussian" else None
         width = anchors if self.features else dim
         self.embedding = OTEmbedding(width, references, heads, eps, n_iters, position, **position_options)
+        self.norm = nn.LayerNorm(width, eps=1e-12)                     # eq. 3 leaves vectors far shorter than z
         self.project = nn.Linear(heads*width, dim, bias=False)         # the 1 x 1 projection
     def embed(self,
         z:Tensor,  # (B,dim,*S)
@@ -284,7 +285,7 @@ class L2GMapper(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             x, grid, flat = self.embed(z), z.shape[2:], None if mask is None else mask.flatten(1)
             plan = self.embedding.plan(x, grid, flat)                                           # (B,q,n,t)
-            pooled = F.normalize(self.embedding.pool(x, plan, grid), dim=-1)                    # (B,q,t,k) of length 1, as psi
+            pooled = self.norm(self.embedding.pool(x, plan, grid))                              # (B,q,t,k)
             weight = self.project.weight.unflatten(1, (pooled.shape[1], -1)).permute(1, 2, 0)   # (dim,q*k) -> (q,k,dim)
             values = pooled @ weight                                                            # (B,q,t,dim): projected before it spreads
             back = self._spread if self.unpool == "transport" else self._upsample
