@@ -130,12 +130,12 @@ class DeepLabDecoder(nn.Module):
             raise ShapeError("no skip for the decoder", found=f"strides {encoder.strides}, skip_width={skip_width}", expected="a level at stride 4 or finer, skip_width >= 1")
         self.at, self.mode = fine[-1], ("linear", "bilinear", "trilinear")[dims-1]
         self.skip = conv_block(encoder.channels[self.at], skip_width, dims, norm=norm, kernel=1)
-        self.block = separable_block(channels_in + skip_width, channels_in, dims, norm=norm)
+        self.levels = nn.ModuleList([separable_block(channels_in + skip_width, channels_in, dims, norm=norm)])
         self.head = conv_layer(dims)(channels_in, classes, 1)
     def forward(self, z:Tensor, features:list[Tensor], size) -> Tensor:
         skip = self.skip(features[self.at])                                                              # (B,skip_width,*S/4)
         z = F.interpolate(z, size=skip.shape[2:], mode=self.mode, align_corners=False)
-        scores = self.head(self.block(torch.cat([z, skip], 1)))                                          # (B,Z,*S/4)
+        scores = self.head(self.levels[0](torch.cat([z, skip], 1)))                                          # (B,Z,*S/4)
         return F.interpolate(scores, size=size, mode=self.mode, align_corners=False)                     # (B,Z,*S)
 
 # %% ../../nbs/models/03_peers.ipynb #c011
