@@ -112,6 +112,9 @@ def test_the_map_lies_where_the_evidence_is(size):
         assert all(abs(p-min(19.5, s-1)) <= .51 for p, s in zip(peak, size, strict=True)), (method, peak)
 
 
+UNREAD = {"r50-vit": ("encoder:0",), "deeplabv3plus-r50": ("encoder:0",)}   # features that their decoders do not read as a skip
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_has_maps_at_every_part_and_stays_as_it_was(name):
     set_seed(0)
@@ -120,6 +123,9 @@ def test_every_model_has_maps_at_every_part_and_stays_as_it_was(name):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     for layer in ("encoder", "encoder:0", "bottleneck", "decoder:0", "decoder", model.encoder.levels[1]):
+        if layer in UNREAD.get(name, ()):
+            with pytest.raises(ShapeError, match="does not depend"): grad_cam(model, x, 1, layer, mask=np.ones((36, 28)))
+            continue
         cam = grad_cam(model, x, 1, layer, mask=np.ones((36, 28)))
         assert cam.shape == (36, 28) and 0 <= cam.min() and cam.max() <= 1 and np.isfinite(cam).all()
     assert model.training and all(p.grad is None for p in model.parameters())

@@ -64,7 +64,8 @@ def test_settings_are_listed_and_can_be_said_again(name, size):
     "Saying every listed value gives the same network; the settings of a size may be said of every model."
     said = list_settings(name, size)
     assert not [k for k, v in said.items() if v is inspect.Parameter.empty]
-    with torch.device("meta"): nets = [build_model(name, 1, 3, size=size, **s) for s in ({}, said, dict(dim=said.get("dim", 64), codebook_size=said.get("codebook_size", 8)))]
+    both = dict(dim=said.get("dim", 64), codebook_size=said.get("codebook_size", 8))
+    with torch.device("meta"): nets = [build_model(name, 1, 3, size=size, **s) for s in ({}, said, both)]
     shapes = [[(k, v.shape) for k, v in net.state_dict().items()] for net in nets]
     assert shapes[0] == shapes[1] == shapes[2]
 

@@ -18,7 +18,7 @@ from ..blocks.vector_quantization import VectorQuantizer
 from ..core import CheckpointError, ShapeError
 from .encoder_decoder import DecoderLevel, Slot, UNetDecoder, conv_block, conv_layer
 
-# %% ../../nbs/models/03_peers.ipynb #c005
+# %% ../../nbs/models/03_peers.ipynb #c010
 class AttentionGate(nn.Module):
     "alpha x with alpha = sigmoid(psi^T relu(W_x x + W_g g + b_g) + b_psi): eq. 1 and 2, Oktay et al. 2018."
     def __init__(self,
@@ -59,7 +59,7 @@ class AttentionDecoder(UNetDecoder):
     "The decoder of Attention U-Net: a gate on every skip."
     level = AttentionLevel
 
-# %% ../../nbs/models/03_peers.ipynb #c007
+# %% ../../nbs/models/03_peers.ipynb #c015
 class LevelWithoutSkip(DecoderLevel):
     "A decoder level that leaves the skip where it is."
     def __init__(self,
@@ -77,7 +77,7 @@ class CascadedUpsampler(UNetDecoder):
     "The decoder of R50-ViT-CUP: all that is drawn came through the bottleneck (Chen et al. 2021)."
     level = LevelWithoutSkip
 
-# %% ../../nbs/models/03_peers.ipynb #c009
+# %% ../../nbs/models/03_peers.ipynb #c019
 def separable_block(
     channels_in:int,    # input channels
     channels_out:int,   # output channels
@@ -130,15 +130,15 @@ class DeepLabDecoder(nn.Module):
             raise ShapeError("no skip for the decoder", found=f"strides {encoder.strides}, skip_width={skip_width}", expected="a level at stride 4 or finer, skip_width >= 1")
         self.at, self.mode = fine[-1], ("linear", "bilinear", "trilinear")[dims-1]
         self.skip = conv_block(encoder.channels[self.at], skip_width, dims, norm=norm, kernel=1)
-        self.block = separable_block(channels_in + skip_width, channels_in, dims, norm=norm)
+        self.levels = nn.ModuleList([separable_block(channels_in + skip_width, channels_in, dims, norm=norm)])
         self.head = conv_layer(dims)(channels_in, classes, 1)
     def forward(self, z:Tensor, features:list[Tensor], size) -> Tensor:
         skip = self.skip(features[self.at])                                                              # (B,skip_width,*S/4)
         z = F.interpolate(z, size=skip.shape[2:], mode=self.mode, align_corners=False)
-        scores = self.head(self.block(torch.cat([z, skip], 1)))                                          # (B,Z,*S/4)
+        scores = self.head(self.levels[0](torch.cat([z, skip], 1)))                                          # (B,Z,*S/4)
         return F.interpolate(scores, size=size, mode=self.mode, align_corners=False)                     # (B,Z,*S)
 
-# %% ../../nbs/models/03_peers.ipynb #c011
+# %% ../../nbs/models/03_peers.ipynb #c027
 class TransformerLayer(nn.Module):
     "Self-attention, then a perceptron on each token, both behind a layer norm and beside a shortcut: eq. 2 and 3, ViT (Dosovitskiy et al. 2021)."
     def __init__(self,
@@ -195,6 +195,7 @@ class Transformer(nn.Module):
         x = to_tokens(z + resample_positions(self.positions, z.shape[2:]))   # (B,n,width)
         return self.norm(self.layers(self.dropout(x))).mT.reshape(z.shape)   # (B,n,width) -> (B,width,n) -> (B,width,*S)
 
+# %% ../../nbs/models/03_peers.ipynb #c032
 class ViTBottleneck(nn.Module):
     "A vision transformer in the slot, every feature a token: TransUNet (Chen et al. 2021)."
     def __init__(self,
@@ -268,7 +269,7 @@ class HybridEncoder(nn.Module):
             x = stage(x); features.append(x)
         return features
 
-# %% ../../nbs/models/03_peers.ipynb #c013
+# %% ../../nbs/models/03_peers.ipynb #c036
 class VQBottleneck(nn.Module):
     "A quantizer alone in the slot: VQUNet, the discrete half of SynergyNet."
     def __init__(self,
