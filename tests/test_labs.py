@@ -14,6 +14,7 @@ LABS = Path(__file__).resolve().parent.parent/"nbs"/"labs"
 sys.path.insert(0, str(LABS))
 import check  # noqa: E402
 import checks_lab_1 as c1  # noqa: E402
+import checks_lab_2 as c2  # noqa: E402
 from marking import NotYet, ____  # noqa: E402
 
 ALL = sorted(LABS.glob("lab_*.ipynb"))
@@ -25,7 +26,7 @@ def module(path):
     found = importlib.util.module_from_spec(spec); spec.loader.exec_module(found)
     return found
 
-s1 = module(LABS/"solutions"/"lab_1.py")
+s1, s2 = (module(LABS/"solutions"/f"lab_{i}.py") for i in (1, 2))
 
 
 # ---- whole notebooks -------------------------------------------------------------------------------------------------------
@@ -278,3 +279,171 @@ CASES_1 = [(name, words, pack(answer)) for name, cases, pack in LAB_1 for words,
 
 @pytest.mark.parametrize(("name", "words", "answers"), CASES_1, ids=lambda x: x if isinstance(x, str) else "")
 def test_lab_1_knows_the_mistake(name, words, answers): says(getattr(c1, name), answers, words)
+
+
+# ---- lab 2: typical mistakes -----------------------------------------------------------------------------------------------
+HAND = {
+    "a mass of 1/4, not 1": ([[1, 0], [1, 0], [0, 1], [0, 1]], .75),
+    "each row must sum to 1/4": ([[1/2, 0], [1/2, 0], [0, 1/2], [0, 1/2]], .75),
+    "each column must sum to 1/2": ([[1/4, 0], [1/4, 0], [1/4, 0], [0, 1/4]], .75),
+    "allowed, but costs 2.000": ([[1/8, 1/8]]*4, .75),
+    "mass cannot be negative": ([[1/2, -1/4], [0, 1/4], [0, 1/4], [0, 1/4]], .75),
+    "transpose it": ([[1/4, 1/4, 0, 0], [0, 0, 1/4, 1/4]], .75),
+    "weigh each by the mass": (s2.hand_plan, 3),
+    "the cost: not right": (s2.hand_plan, .5),
+    "there is still a blank": ([[____, 0], *s2.hand_plan[1:]], .75),
+}
+def exponential(what):
+    "A Gibbs kernel with one mistake."
+    return lambda cost, eps: what(cost, eps)
+KERNEL = {
+    "the sign is missing": exponential(lambda c, e: (c/e).exp()),
+    "do not multiply": exponential(lambda c, e: (-c*e).exp()),
+    "eps is missing": exponential(lambda c, e: (-c).exp()),
+    "the exponential is missing": exponential(lambda c, e: -c/e),
+}
+def turns(mass=lambda n, t: (1/n, 1/t), first="rows", count=lambda k: k, result=lambda u, K, v: u[:,None]*K*v):
+    "Scalings with one mistake."
+    def answer(cost, eps, n_iters):
+        K, (a, b) = (-cost/eps).exp(), mass(*cost.shape)
+        u, v = torch.ones(len(K)).to(K), torch.ones(K.shape[1]).to(K)
+        for _ in range(count(n_iters)):
+            if first == "columns": v = b/(K.T @ u)
+            u = a/(K @ v)
+            if first == "rows": v = b/(K.T @ u)
+        return result(u, K, v)
+    return answer
+SCALE = {
+    "the masses are missing": turns(mass=lambda n, t: (1, 1)),
+    "the masses are exchanged": turns(mass=lambda n, t: (1/t, 1/n)),
+    "you scale the columns first": turns(first="columns"),
+    "you only did one iteration": turns(count=lambda k: 1),
+    "one iteration too few": turns(count=lambda k: k - 1),
+    "without the kernel": turns(result=lambda u, K, v: u[:,None]*v),
+    "v is missing": turns(result=lambda u, K, v: u[:,None]*K),
+    "u is missing": turns(result=lambda u, K, v: K*v),
+    "transpose it": turns(result=lambda u, K, v: (u[:,None]*K*v).T),
+    "the factors of the rows": turns(result=lambda u, K, v: u),
+    "your code stopped in line": lambda cost, eps, n_iters: cost @ cost,
+}
+def logs(sign=-1, mass=lambda n, t: (1/n, 1/t), count=None, result=torch.exp, naive=False):
+    "Log-domain iterations with one mistake."
+    lse = (lambda x, dim: x.exp().sum(dim).log()) if naive else torch.logsumexp
+    def answer(cost, eps, n_iters):
+        L, f, g = sign*cost/eps, 0*cost[:,:,0], 0*cost[:,0]
+        a, b = (torch.tensor(m).to(cost).log() for m in mass(*cost.shape[1:]))
+        for _ in range(count or n_iters):
+            f = a - lse(L + g[:,None], 2)
+            g = b - lse(L + f[..., None], 1)
+        return result(L + f[..., None] + g[:,None])
+    return answer
+LOGS = {
+    "the logarithms of the masses are missing": logs(mass=lambda n, t: (1, 1)),
+    "the sign of the cost": logs(sign=1),
+    "this is log T": logs(result=lambda x: x),
+    "the masses are exchanged": logs(mass=lambda n, t: (1/t, 1/n)),
+    "multiplied by n t": logs(result=lambda x: x.exp()*24),
+    "you only did one iteration": logs(count=1),
+    "an exponential is taken before the logarithm": logs(naive=True),
+    "the batch got lost": logs(result=lambda x: x.exp()[0]),
+}
+def off(plan): return plan.sum(1) - 1/len(plan), plan.sum(0) - 1/plan.shape[1]
+ERROR = {
+    "the absolute values are missing": lambda p: sum(x.sum() for x in off(p)),
+    "only the rows are counted": lambda p: off(p)[0].abs().sum(),
+    "only the columns are counted": lambda p: off(p)[1].abs().sum(),
+    "you squared": lambda p: sum(x.square().sum() for x in off(p)),
+    "you averaged": lambda p: sum(x.abs().mean() for x in off(p)),
+    "compared with 1": lambda p: (p.sum(1) - 1).abs().sum() + (p.sum(0) - 1).abs().sum(),
+    "1/n and 1/t are exchanged": lambda p: (p.sum(1) - 1/p.shape[1]).abs().sum() + (p.sum(0) - 1/len(p)).abs().sum(),
+    "one number is asked for": lambda p: off(p)[0].abs(),
+}
+def count(start=1, back=0):
+    "A search that begins or ends at the wrong place."
+    def answer(error_after, tolerance):
+        k = start
+        while error_after(k) > tolerance: k += 1
+        return k + back
+    return answer
+COUNT = {"one too few": count(back=-1), "one too many": count(back=1), "begin with 1": count(start=0), "yours is 1": lambda e, t: 1,
+         "is the `return` missing?": lambda e, t: None}
+LARGE = {
+    "the mass must sum to 1": lambda c: torch.ones_like(c),
+    "rows must sum to 1/n": lambda c: torch.ones_like(c)/c.shape[1],
+    "still depends on the cost": lambda c: (-c).softmax(-1)/len(c),
+}
+def one_each(rows, columns, mass):
+    "A plan that sends a mass from each row to one column."
+    plan = torch.zeros(3, 3).double()
+    plan[list(rows), list(columns)] = mass
+    return plan
+def assigned(c, mass=1/3, **how):
+    rows, columns = s2.linear_sum_assignment(c.numpy(), **how)
+    return one_each(rows, columns, mass)
+SMALL = {
+    "each carries a mass of 1/n, not 1": lambda c: assigned(c, 1.),
+    "you sent each token to its nearest reference; then one": lambda c: one_each(range(3), c.argmin(1), 1/3),
+    "and the mass of a pair is 1/n": lambda c: one_each(range(3), c.argmin(1), 1.),
+    "this is the dearest": lambda c: assigned(c, maximize=True),
+    "rows and columns are exchanged": lambda c: assigned(c).T,
+    "the numbers of the references": lambda c: c.argmin(1),
+}
+def spectrum(f, turn=lambda V, d: V @ d @ V.T):
+    "A function of a matrix through its eigenvalues."
+    def answer(A, floor):
+        values, vectors = torch.linalg.eigh(A)
+        return turn(vectors, f(values, floor).diag())
+    return answer
+ROOT = {
+    "the root of the *matrix* is meant": lambda A, floor: A.rsqrt(),
+    "this is the inverse": spectrum(lambda v, f: 1/v.clamp_min(f)),
+    "this is the square root": spectrum(lambda v, f: v.clamp_min(f).sqrt()),
+    "as columns": spectrum(lambda v, f: v.clamp_min(f).rsqrt(), lambda V, d: V.T @ d @ V),
+    "raise eigenvalues below `floor`": spectrum(lambda v, f: v.abs().rsqrt()),
+}
+def psi(x, w, alpha, unit=lambda v: F.normalize(v, dim=-1), units=None, one=1, root=True, sign=1):
+    "Nystrom features with one mistake."
+    x, w = unit(x), (units or unit)(w)
+    kernel = lambda a, b: (sign*alpha*(a @ b.mT - one)).exp()
+    return kernel(x, w) @ s2.inverse_square_root(kernel(w, w), 1e-4) if root else kernel(x, w)
+def with_psi(**mistake): return lambda x, w, alpha: psi(x, w, alpha, **mistake)
+NYSTROM = {
+    "tokens and anchors must be scaled": with_psi(unit=lambda v: v),
+    "the tokens are not scaled": with_psi(unit=lambda v: v, units=lambda w: F.normalize(w, dim=-1)),
+    "not along the tokens": with_psi(unit=lambda v: F.normalize(v, dim=1), units=lambda w: F.normalize(w, dim=-1)),
+    "this is kappa(x, w) alone": with_psi(root=False),
+    "alpha is missing": lambda x, w, alpha: psi(x, w, 1.),
+    "the -1 is missing": with_psi(one=0),
+    "the sign is the wrong way round": with_psi(sign=-1),
+    "the batch got lost": lambda x, w, alpha: psi(x, w, alpha)[0],
+}
+POOL = {
+    "sqrt(t) of eq. 3 is missing": lambda p, x: p.mT @ x,
+    "sqrt(t), not t": lambda p, x: p.shape[2]*p.mT @ x,
+    "not of n (tokens)": lambda p, x: p.shape[1]**.5*p.mT @ x,
+    "multiplied, not divided": lambda p, x: p.mT @ x/p.shape[2]**.5,
+    "references come first": lambda p, x: 2*x.mT @ p,
+    "the plan is transposed": lambda p, x: x,
+}
+BACK = {
+    "the factor n is missing": lambda p, q: p @ q,
+    "the factor is n (tokens), not t": lambda p, q: p.shape[2]*p @ q,
+    "the factor is n, not its root": lambda p, q: p.shape[1]**.5*p @ q,
+    "each token takes from all references": lambda p, q: q,
+}
+COST = {
+    "exchanged": lambda n, t, k: (3*n*t*k, 2*n*n*k), "you counted one": lambda n, t, k: (n*n*k, 3*n*t*k), "three products": lambda n, t, k: (2*n*n*k, n*t*k),
+    "attention needs n n k": lambda n, t, k: (2*n*k, 3*n*t*k), "the plan needs n t k three times": lambda n, t, k: (2*n*n*k, n*n*t),
+    "return two numbers": lambda n, t, k: n,
+}
+LAB_2 = [("check_by_hand", HAND, lambda a: a), ("check_scalings", KERNEL, lambda a: (a, s2.scale)), ("check_scalings", SCALE, lambda a: (s2.gibbs_kernel, a)),
+         ("check_log_sinkhorn", LOGS, lambda a: (a,)), ("check_marginal_error", ERROR, lambda a: (a, s2.iterations_needed)),
+         ("check_marginal_error", COUNT, lambda a: (s2.marginal_error, a)), ("check_limits", LARGE, lambda a: (a, s2.plan_of_small_eps)),
+         ("check_limits", SMALL, lambda a: (s2.plan_of_large_eps, a)), ("check_nystrom", ROOT, lambda a: (a, s2.nystrom)),
+         ("check_nystrom", NYSTROM, lambda a: (s2.inverse_square_root, a)), ("check_pool", POOL, lambda a: (a, s2.back, s2.multiplications)),
+         ("check_pool", BACK, lambda a: (s2.pool, a, s2.multiplications)), ("check_pool", COST, lambda a: (s2.pool, s2.back, a)),
+         ("check_answer", WORDS, lambda a: (a,))]
+CASES_2 = [(name, words, pack(answer)) for name, cases, pack in LAB_2 for words, answer in cases.items()]
+
+@pytest.mark.parametrize(("name", "words", "answers"), CASES_2, ids=lambda x: x if isinstance(x, str) else "")
+def test_lab_2_knows_the_mistake(name, words, answers): says(getattr(c2, name), answers, words)

@@ -58,8 +58,9 @@ def find_blank(
     answer,  # a value or a function of the student
 ):
     "Stop where a blank has not been filled, and say in which line."
-    if isinstance(answer, Blank) or (isinstance(answer, (tuple, list)) and any(isinstance(a, Blank) for a in answer)):
-        wrong("there is still a blank: replace every ____ by your own code.")
+    if isinstance(answer, Blank): wrong("there is still a blank: replace every ____ by your own code.")
+    if isinstance(answer, (tuple, list)):
+        for part in answer: find_blank(part)
     for code in code_of(answer):
         for step in dis.get_instructions(code):
             if step.argval == "____": wrong(f"there is still a blank in line {step.positions.lineno} of the cell: replace every ____ by your own code.")
@@ -91,7 +92,7 @@ def need_tensor(
     "Stop unless `got` is a finite tensor of the shape and kind of `want`."
     if got is None: wrong(f"{what}: your function returned nothing; is the `return` missing?")
     find_blank(got)
-    if isinstance(got, (int, float)) and want.ndim == 0: got = torch.tensor(got)
+    if isinstance(got, (int, float)) and want.ndim == 0: got = torch.tensor(got, dtype=want.dtype)
     if not isinstance(got, Tensor): wrong(f"{what}: you returned a {type(got).__name__}, expected a tensor of shape {tuple(want.shape)}.")
     if got.shape != want.shape:
         hint = shapes.get(tuple(got.shape), "")
