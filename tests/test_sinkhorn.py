@@ -254,9 +254,23 @@ def test_inputs_are_left_as_they_were():
 
 def test_survives_export():
     class Layer(torch.nn.Module):
-        def forward(self, cost): return sinkhorn(cost, 0.5)
-    cost = problem()[0].detach()
-    torch.testing.assert_close(torch.export.export(Layer(), (cost,)).module()(cost), sinkhorn(cost, 0.5))
+        def forward(self, cost, mask): return sinkhorn(cost, 0.5, mask=mask)
+    cost, mask = problem()[0].detach(), torch.arange(12).expand(3, 12) < torch.tensor([[12], [7], [5]])
+    exported = torch.export.export(Layer(), (cost, mask)).module()
+    torch.testing.assert_close(exported(cost, mask), sinkhorn(cost, 0.5, mask=mask))
+    with torch.inference_mode(): assert torch.equal(sinkhorn(cost, 0.5), sinkhorn(cost, 0.5))
+
+
+@pytest.mark.parametrize("scale", [5, 500])
+@pytest.mark.parametrize("little", [1e-12, 1e-30, 1e-37, 1e-42])
+def test_hardly_any_mass(scale, little):
+    cost = problem(scale=scale, dtype=torch.float32)[0]
+    a, b = (torch.cat([torch.tensor([little]), torch.full((k - 1,), 1/(k - 1))]) for k in (12, 5))
+    inputs = [cost, a.requires_grad_(), b.requires_grad_()]
+    ours = gradients(lambda c, a, b: sinkhorn(c, 1., 10, a, b), inputs)
+    exact = gradients(lambda c, a, b: sinkhorn_unrolled(c, 1., 10, a, b), [x.detach().double().requires_grad_() for x in inputs])
+    assert all(x.isfinite().all() for x in ours)
+    assert_close(ours[:2], exact[:2], 2e-4)
 
 
 def test_marginal_error_by_hand():
@@ -273,7 +287,8 @@ MASK = torch.tensor([[True, True, True, False], [False]*4])
 @pytest.mark.parametrize("kind, match, change", [
     (MedsegError, "eps does not fit.*found 0", dict(eps=0)), (MedsegError, "eps does not fit", dict(eps=-1.)),
     (MedsegError, "eps does not fit", dict(eps=float("nan"))), (MedsegError, "eps does not fit", dict(eps=float("inf"))),
-    (MedsegError, "n_iters >= 1", dict(n_iters=0)),
+    (MedsegError, "pass cost/eps as the cost", dict(eps=torch.tensor(0.1, requires_grad=True))),
+    (MedsegError, "eps is too small.*scale the cost", dict(eps=1e-30)), (MedsegError, "n_iters >= 1", dict(n_iters=0)),
     (ShapeError, "cost\\[None\\]", dict(cost=COST[0])), (ShapeError, "none of them 0", dict(cost=COST[:, :0])),
     (ShapeError, "t <= n.*transpose", dict(cost=COST.mT)),
     (MedsegError, "not finite; found 1 NaN", dict(cost=COST.index_put((torch.tensor(0),)*3, torch.tensor(torch.nan)))),

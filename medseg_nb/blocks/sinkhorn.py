@@ -148,8 +148,8 @@ class Scaling:
 def inverse_mass(
     mass:Tensor,  # (B,1,n) or (B,1,t)
 ) -> Tensor:      # same shape
-    "1/mass, and 0 where there is none."
-    return torch.where(mass > 0, 1/mass, 0)
+    "1/mass, and 0 where there is none (or so little that 1/mass would overflow)."
+    return torch.where(mass >= torch.finfo(mass.dtype).tiny, 1/mass, 0)
 
 class Unwind:
     "The half-steps of `Scaling` backwards: from d loss/d plan to d loss/d (cost, a, b), kernel by kernel."
@@ -244,7 +244,7 @@ def sinkhorn(
     n_iters:int=10,        # >= 1, iterations, each scales the rows and then the columns
     a:Tensor|None=None,    # (B,n) or (n,) mass of each token, >= 0, sums to 1; None: the same for all (unmasked) tokens
     b:Tensor|None=None,    # (B,t) or (t,) mass of each reference, likewise
-    log_domain:bool=True,  # False: plain exponentials, a little faster; NaN once |cost|/eps is too large for them
+    log_domain:bool=True,  # False: plain exponentials; wrong or NaN where |cost|/eps comes near 88 (single precision)
     *,
     mask:Tensor|None=None, # (B,n) bool, True for tokens that count; the others' rows are zero, whatever their cost
 ) -> Tensor:               # (B,n,t) float32 at least; rows sum to a as iterations grow, columns to b
@@ -290,7 +290,8 @@ def _spread(m, name, shape, dtype, device):
     "One of the two masses, for every item of the batch; the same everywhere if it is None."
     if m is None: return torch.full((), 1/shape[1], dtype=dtype, device=device).expand(shape)
     if m.shape not in (shape, shape[1:]):
-        raise ShapeError(f"{name} does not fit the cost", found=tuple(m.shape), expected=f"{shape[1:]} or {shape}")
+        raise ShapeError(f"{name} does not fit the cost", found=tuple(m.shape), expected=f"{shape[1:]} or {shape}",
+                         fix="one number for each token (a) or reference (b)")
     return m.to(dtype).expand(shape)
 
 @torch.no_grad()
