@@ -1,9 +1,9 @@
-"""What SynergyNet's three blocks add to a training step: ResNet-50, 224 x 224, batch 2, dim 512.
+"""What SynergyNet's three blocks, or L2GNet's two, add to a training step: ResNet-50, 224 x 224, batch 2, dim 512.
 
     python benchmarks/training_step.py
 
 The target: quantizer, DisConX and refinement together add at most 20% to the step of the same network with the identity in their place
-(pre- and post-quantization blocks kept). The peer row is segmentation-models-pytorch's ResNet-50 UNet. Medians of interleaved rounds.
+(pre- and post-quantization blocks kept); L2GNet's step is no slower than that of synergynet-8s2h. The peer row is segmentation-models-pytorch's ResNet-50 UNet. Medians of interleaved rounds.
 """
 import argparse
 from statistics import median
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from medseg_nb.losses.segmentation import BCEDice
-from medseg_nb.models import Slot, build_model
+from medseg_nb.models import EncoderDecoder, L2GBottleneck, Slot, build_model
+from medseg_nb.models.encoder_decoder import TimmEncoder, UNetDecoder
 from medseg_nb.models.zoo import count_parameters
 
 
@@ -24,11 +25,18 @@ class WithoutBlocks(nn.Module):
     def forward(self, z): return Slot(self.post(self.pre(z)), {}, {})
 
 
+def l2gnet(heads):
+    "L2GNet with q references at the paper's size."
+    encoder = TimmEncoder("resnet50", in_channels=1)
+    bottleneck = L2GBottleneck(encoder.channels[-1], heads=heads)
+    return EncoderDecoder(encoder, bottleneck, UNetDecoder(encoder, bottleneck.out_channels, 9))
+
+
 def networks():
     import segmentation_models_pytorch as smp
     identity = build_model("synergynet-8s2h", classes=9); identity.bottleneck = WithoutBlocks(identity.bottleneck)
     return {"identity in the slot (pre, post kept)": identity, "synergynet-8s2h": build_model("synergynet-8s2h", classes=9),
-            "synergynet-8s8h": build_model("synergynet-8s8h", classes=9), "unet-r50": build_model("unet-r50", classes=9),
+            "synergynet-8s8h": build_model("synergynet-8s8h", classes=9), "l2gnet, 2 references": l2gnet(2), "l2gnet, 4 references": l2gnet(4), "unet-r50": build_model("unet-r50", classes=9),
             "smp UNet ResNet-50": smp.Unet("resnet50", encoder_weights=None, in_channels=1, classes=9)}
 
 
