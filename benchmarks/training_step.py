@@ -3,7 +3,8 @@
     python benchmarks/training_step.py
 
 The target: quantizer, DisConX and refinement together add at most 20% to the step of the same network with the identity in their place
-(pre- and post-quantization blocks kept); L2GNet's step is no slower than that of synergynet-8s2h. The peer row is segmentation-models-pytorch's ResNet-50 UNet. Medians of interleaved rounds.
+(pre- and post-quantization blocks kept); L2GNet's step is no slower than that of synergynet-8s2h. The peer row is
+segmentation-models-pytorch's ResNet-50 UNet. Medians of interleaved rounds.
 """
 import argparse
 from statistics import median
@@ -36,7 +37,8 @@ def networks():
     import segmentation_models_pytorch as smp
     identity = build_model("synergynet-8s2h", classes=9); identity.bottleneck = WithoutBlocks(identity.bottleneck)
     return {"identity in the slot (pre, post kept)": identity, "synergynet-8s2h": build_model("synergynet-8s2h", classes=9),
-            "synergynet-8s8h": build_model("synergynet-8s8h", classes=9), "l2gnet, 2 references": l2gnet(2), "l2gnet, 4 references": l2gnet(4), "unet-r50": build_model("unet-r50", classes=9),
+            "synergynet-8s8h": build_model("synergynet-8s8h", classes=9),
+            "l2gnet, 2 references": l2gnet(2), "l2gnet, 4 references": l2gnet(4), "unet-r50": build_model("unet-r50", classes=9),
             "smp UNet ResNet-50": smp.Unet("resnet50", encoder_weights=None, in_channels=1, classes=9)}
 
 
