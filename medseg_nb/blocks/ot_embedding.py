@@ -14,7 +14,7 @@ from .disconx import to_tokens
 from .sinkhorn import sinkhorn
 from .vector_quantization import nearest_codes, sum_by_code
 
-# %% ../../nbs/blocks/04_ot_embedding.ipynb #c003
+# %% ../../nbs/blocks/04_ot_embedding.ipynb #c009
 class InverseSquareRoot(torch.autograd.Function):
     "A^{-1/2} of a symmetric matrix, eigenvalues below `floor` raised to it; its gradient is finite where eigenvalues coincide."
     @staticmethod
@@ -36,7 +36,7 @@ class InverseSquareRoot(torch.autograd.Function):
         inner = vectors.mT @ ((grad + grad.mT)/2) @ vectors
         return vectors @ (quotient*inner) @ vectors.mT, None
 
-# %% ../../nbs/blocks/04_ot_embedding.ipynb #c004
+# %% ../../nbs/blocks/04_ot_embedding.ipynb #c012
 def spherical_kmeans(
     tokens:Tensor,     # (N,d), of any length: only directions count
     clusters:int,      # 1..N
@@ -78,7 +78,7 @@ def check_tokens(
     if not torch.compiler.is_compiling() and not x.isfinite().all():
         raise MedsegError("tokens are not finite", found="NaN or infinity", fix="look at the loss and the learning rate of the step before")
 
-# %% ../../nbs/blocks/04_ot_embedding.ipynb #c005
+# %% ../../nbs/blocks/04_ot_embedding.ipynb #c013
 class NystromFeatures(nn.Module):
     "psi(z) = kappa(w,w)^{-1/2} kappa(w,z) with a Gaussian kernel on unit vectors (section 3, L2GNet)."
     def __init__(self,
@@ -115,7 +115,7 @@ class NystromFeatures(nn.Module):
         "Put the anchors where tokens are, by spherical k-means; raises `ShapeError` for too few tokens."
         self.anchors.copy_(spherical_kmeans(tokens.reshape(-1, self.dim), len(self.anchors)))
 
-# %% ../../nbs/blocks/04_ot_embedding.ipynb #c006
+# %% ../../nbs/blocks/04_ot_embedding.ipynb #c017
 def reference_sides(
     references:int,  # t
     dims:int,        # spatial dimensions of the map
@@ -140,7 +140,7 @@ def position_weights(
         S = torch.kron(S, torch.exp(-((i[:,None] - j)/sigma)**2))  # the last axis runs fastest
     return S
 
-# %% ../../nbs/blocks/04_ot_embedding.ipynb #c007
+# %% ../../nbs/blocks/04_ot_embedding.ipynb #c019
 def plan_to_references(
     cost:Tensor,            # (G,n,t)
     eps:float,              # > 0
@@ -230,7 +230,7 @@ class OTEmbedding(nn.Module):
         "Put each reference where tokens are, by spherical k-means from its own start; raises `ShapeError` for too few tokens."
         for reference in self.references: reference.copy_(spherical_kmeans(x.reshape(-1, self.dim), len(reference)))
 
-# %% ../../nbs/blocks/04_ot_embedding.ipynb #c008
+# %% ../../nbs/blocks/04_ot_embedding.ipynb #c023
 class L2GMapper(nn.Module):
     "Kernel embedding, transport to references, pooling, and the way back to the grid (section 3, L2GNet)."
     def __init__(self,

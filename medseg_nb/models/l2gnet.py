@@ -11,7 +11,7 @@ from ..blocks.ot_embedding import L2GMapper, reference_sides
 from ..blocks.vector_quantization import VectorQuantizer
 from .encoder_decoder import Slot, conv_block
 
-# %% ../../nbs/models/02_l2gnet.ipynb #c003
+# %% ../../nbs/models/02_l2gnet.ipynb #c005
 class L2GBottleneck(nn.Module):
     "Quantizer and L2GMapper in the slot: Fig. 1 and eq. 1 to 3, L2GNet; raises `MedsegError` for numbers that do not fit."
     def __init__(self,
@@ -28,6 +28,7 @@ class L2GBottleneck(nn.Module):
         eps:float=0.1,              # entropy weight of eq. 1
         n_iters:int=10,             # Sinkhorn steps
         position:str|None="grid",   # S of eq. 3: "grid", "index" or None
+        sigma:float=0.1,            # width of S, in sides of the grid
         unpool:str="transport",     # back to the grid: "transport" or "grid"
         **quantizer,                # beta, ema_decay, restart_after: see VectorQuantizer
     ):
@@ -35,7 +36,7 @@ class L2GBottleneck(nn.Module):
         if codebook_size < 0: raise ShapeError("codebook_size does not fit", found=codebook_size, expected="K >= 1, or 0 for no codebook")
         if "grid" in (position, unpool): reference_sides(references, spatial_dims)   # refuses what has no grid
         blocks = lambda i: nn.Sequential(conv_block(i, dim, spatial_dims, norm=norm), conv_block(dim, dim, spatial_dims, norm=norm))
-        self.mapper = L2GMapper(dim, references, heads, anchors, alpha, kernel, eps, n_iters, position, unpool)
+        self.mapper = L2GMapper(dim, references, heads, anchors, alpha, kernel, eps, n_iters, position, unpool, sigma=sigma)
         self.pre, self.post = blocks(channels), blocks(dim)
         self.quantizer = VectorQuantizer(dim, codebook_size, **quantizer) if codebook_size else None
         self.out_channels = dim
