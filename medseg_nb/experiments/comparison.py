@@ -86,11 +86,12 @@ def _four(mean, seeds, cases, missing, digits):
 
 def summary_caption(
     scores:pd.DataFrame,  # model, seed, case, class, metrics
+    about:str="",         # what the collection says of itself, e.g. that its spacing is unknown
 ) -> str:
     "What must stand next to the numbers."
     seeds, cases = scores["seed"].nunique(), scores["case"].nunique()
-    return (f"Mean ± standard deviation over {seeds} seed{'s'*(seeds > 1)} (in brackets: over {cases} test cases, of the seed averages), on volumes; "
-            f"the mean is over the classes. {HD95_IS['medpy']}; {EMPTY_IS['nan']}.")
+    return (f"Mean ± standard deviation over {seeds} seed{'s'*(seeds > 1)} (in brackets: over {cases} test cases, of the seed averages), each measured whole; "
+            f"the mean is over the classes. {HD95_IS['medpy']}; {EMPTY_IS['nan']}." + (f" The collection: {about}." if about else ""))
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c014
 def holm(
@@ -524,6 +525,7 @@ class Comparison:
     costs:pd.DataFrame    # a row per model
     runs:pd.DataFrame     # a row per run: epochs, steps, seconds
     reference:str
+    about:str=""          # what the collection says of itself
 
 def write_table(
     table:pd.DataFrame,
@@ -567,7 +569,7 @@ def write_results(
     out, models = result.folder, result.scores["model"].nunique()
     for name in ("scores", "summary", "tests", "costs", "runs"): write_table(getattr(result, name), out/f"{name}.csv")
     cells = summary_cells(result.summary)
-    write_cells(cells, summary_caption(result.scores), out/"summary", rules=range(models, len(cells), models))
+    write_cells(cells, summary_caption(result.scores, result.about), out/"summary", rules=range(models, len(cells), models))
     if published:
         table = beside(published, result.summary)
         write_table(table, out/"published.csv", index=True)
@@ -602,7 +604,7 @@ def comparison_tables(
     tests = result.tests[result.tests["metric"].isin(("DSC", "HD95"))]
     notes = " ".join(f"With {note}." for note in dict.fromkeys(tests["note"]) if note)
     tests = tests.drop(columns=["note", "reference"])
-    return [section("Results", summary_caption(result.scores), html_table(mean.to_numpy(), mean.columns),
+    return [section("Results", summary_caption(result.scores, result.about), html_table(mean.to_numpy(), mean.columns),
                     _folded("every class", html_table(cells.to_numpy(), cells.columns))),
             section(f"Against {result.reference}", "Wilcoxon signed-rank tests on paired differences (model minus reference) over persons, seeds averaged first; "
                     f"Holm-corrected over the models of a metric. All seven metrics are in tests.csv. {notes}", html_table(_rounded(tests), tests.columns)),
@@ -679,7 +681,7 @@ def compare(
     costs = known_costs(out, variants)
     if costs is None: costs = measure_costs(variants, collection, recipe, rounds, cache)
     result = Comparison(out, scores, summarise_models(scores), paired_tests(scores, reference, collection.group), costs,
-                        run_records(variants, seeds, out), reference)
+                        run_records(variants, seeds, out), reference, collection.description.rstrip("."))
     write_results(result, published)
     pictures = worst_pictures(variants, collection, scores, out)
     write_figure(worst_page(pictures, collection.classes), out/"worst", ["png"])
