@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ORGANS', 'PRINTED', 'MODEL_OF', 'CITED', 'SCALE', 'WIDTHS', 'TIMM', 'SCALED', 'TABLES', 'SOURCES', 'PEERS',
-           'paper_table', 'Table', 'list_tables', 'peers_printed', 'table_plan', 'compare_table', 'printed_means']
+           'paper_table', 'printed_means', 'Table', 'list_tables', 'peers_printed', 'table_plan', 'compare_table']
 
 # %% ../../nbs/experiments/01_tables.ipynb #c002
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ..core import MedsegError
 from ..models.zoo import check_name
 from .comparison import Comparison, Published, Variant, compare
 
-# %% ../../nbs/experiments/01_tables.ipynb #c003
+# %% ../../nbs/experiments/01_tables.ipynb #c005
 ORGANS = "Aorta Gallbladder KidneyL KidneyR Liver Pancreas Spleen Stomach"
 PRINTED = {
 "synergynet-1": ("Method", "DSC HD " + ORGANS, """
@@ -135,12 +135,12 @@ L2GNet 4        82.23 14.17 91.44 1.24"""),
 8-2 4  79.65 23.29 89.78 1.86 82.23 14.17 91.44 1.24"""),
 }
 
-# %% ../../nbs/experiments/01_tables.ipynb #c004
+# %% ../../nbs/experiments/01_tables.ipynb #c006
 def paper_table(
     name:str,        # e.g. "synergynet-5"
 ) -> pd.DataFrame:   # the columns on the left as text, the figures as numbers
     "A table as the paper prints it; raises `MedsegError` for a name it does not know."
-    if name not in PRINTED: raise MedsegError("no table has this name", found=name, expected=", ".join(list_tables()))
+    if name not in PRINTED: raise MedsegError("no table has this name", found=name, expected=", ".join(PRINTED))
     left, right, text = PRINTED[name]
     keys, columns = left.split("|"), [c.replace(":", " ") for c in right.split()]
     lines = [line.rsplit(None, len(columns)) for line in text.strip().splitlines()]
@@ -157,7 +157,23 @@ MODEL_OF = {
 }
 CITED = ("SSNet", "TranSSNet")   # figures the paper takes from another one; not built here
 
-# %% ../../nbs/experiments/01_tables.ipynb #c005
+# %% ../../nbs/experiments/01_tables.ipynb #c010
+def printed_means(
+    tolerance:float=0.02,  # what rounding may explain
+) -> pd.DataFrame:         # table, method, printed mean, mean of the printed classes, difference
+    "Rows whose printed mean DSC is not the mean of the printed classes."
+    rows = []
+    for name in ("synergynet-1", "synergynet-2", "l2gnet-1", "l2gnet-2"):
+        table = paper_table(name)
+        classes = ORGANS.split() if "Aorta" in table else ["RV", "Myo", "LV"]
+        for _, row in table.iterrows():
+            mean = float(np.mean(row[classes].astype(float)))
+            if abs(mean - row["DSC"]) > tolerance:
+                rows.append({"table": name, "method": row["Method"], "printed": row["DSC"], "mean of classes": round(mean, 2),
+                             "difference": round(mean - row["DSC"], 2)})
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/experiments/01_tables.ipynb #c017
 SCALE = {"paper": 1, "teach": 4}         # codebook sizes and dims of the tables are divided by this
 WIDTHS = {"ResNet-18": (16, 32, 64), "ResNet-34": (24, 48, 96), "ResNet-50": (32, 64, 128), "ResNet-101": (48, 96, 192)}
 TIMM = {"ResNet-18": "resnet18", "ResNet-34": "resnet34", "ResNet-50": "resnet50", "ResNet-101": "resnet101",
@@ -199,7 +215,7 @@ def _q_model(q):
     name = "synergynet-{}s{}h".format(*q.split("-")) if "-" in q else f"l2gnet-{q}ref"
     return Variant(name, name)
 
-# %% ../../nbs/experiments/01_tables.ipynb #c006
+# %% ../../nbs/experiments/01_tables.ipynb #c018
 @dataclass(frozen=True)
 class Table:
     "How a table of a paper is run."
@@ -232,7 +248,7 @@ def list_tables() -> list[str]:
     "The names `medseg compare --table` knows."
     return [*TABLES, "peers"]
 
-# %% ../../nbs/experiments/01_tables.ipynb #c007
+# %% ../../nbs/experiments/01_tables.ipynb #c019
 SOURCES = {"synergynet-1": "Synapse", "synergynet-2": "ACDC", "synergynet-3": "ISIC 2018", "synergynet-4": "BTS",
            "l2gnet-1": "Synapse in L2GNet", "l2gnet-2": "ACDC in L2GNet"}
 
@@ -279,19 +295,3 @@ def compare_table(
     for v in models: check_name(v.name)
     others = {"reference": reference, **{k: v for k, v in others.items() if v is not None}}
     return compare(models, collection, recipe, seeds, out or f"runs/{name}", published=published, **others)
-
-# %% ../../nbs/experiments/01_tables.ipynb #c008
-def printed_means(
-    tolerance:float=0.02,  # what rounding may explain
-) -> pd.DataFrame:         # table, method, printed mean, mean of the printed classes, difference
-    "Rows whose printed mean DSC is not the mean of the printed classes."
-    rows = []
-    for name in ("synergynet-1", "synergynet-2", "l2gnet-1", "l2gnet-2"):
-        table = paper_table(name)
-        classes = ORGANS.split() if "Aorta" in table else ["RV", "Myo", "LV"]
-        for _, row in table.iterrows():
-            mean = float(np.mean(row[classes].astype(float)))
-            if abs(mean - row["DSC"]) > tolerance:
-                rows.append({"table": name, "method": row["Method"], "printed": row["DSC"], "mean of classes": round(mean, 2),
-                             "difference": round(mean - row["DSC"], 2)})
-    return pd.DataFrame(rows)
