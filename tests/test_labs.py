@@ -76,10 +76,10 @@ def test_report_names_right_and_wrong(tmp_path, monkeypatch, capsys):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"anna.ipynb")
     assert check.main([str(tmp_path/"anna.ipynb")]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["anna.ipynb", "  1  right"]
-    assert said[2].startswith("  2  not yet (straight through): the values are right, but no gradient gets through to z")
-    assert said[3] == "  3  not yet: no cell begins with `# Exercise 3:`"
-    assert said[4].startswith("  4  not yet: NameError: name 'perplexity' is not defined")
+    assert said[:2] == ["anna.ipynb", "  1  the nearest code: right"]
+    assert said[2].startswith("  2  straight through: not yet: the values are right, but no gradient gets through to z")
+    assert said[3] == "  3  the loss and its gradient: not yet: no cell begins with `# Exercise 3:`"
+    assert said[4].startswith("  4  perplexity, and a cure: not yet: NameError: name 'perplexity' is not defined")
     assert said[5].startswith("  1 of 4 right; 2 other cells stopped, the first with ZeroDivisionError: division by zero")
 
 def test_not_a_lab(tmp_path, capsys):

@@ -49,6 +49,12 @@ def check_cells(
     "The cell below each exercise."
     return {exercise_of(a.source): b.source for a, b in zip(lab.cells, lab.cells[1:]) if a.cell_type == "code" and exercise_of(a.source)}
 
+def titles_of(
+    lab,     # the notebook that was handed out
+) -> dict:   # {number: what its first line calls it}
+    "The names of the exercises."
+    return {int(found[1]): found[2] for c in lab.cells if c.cell_type == "code" and (found := HEADING.match(c.source))}
+
 def fill(
     notebook,       # a lab; changed in place
     answers:dict,   # {number: source}
@@ -105,7 +111,7 @@ def mark(
     notebook = read(path)
     checks = check_cells(read(original_of(notebook, path)))
     run(with_our_checks(notebook, checks))
-    found = {n: f"Exercise {n}: no cell begins with `# Exercise {n}:`" for n in checks}
+    found = {n: f"no cell begins with `# Exercise {n}:`" for n in checks}
     others = []
     for cell in notebook.cells:
         error, _ = said(cell)
@@ -118,9 +124,11 @@ def report(
 ) -> bool:
     "Print the verdict on one notebook; whether all is right."
     found, others = mark(path)
+    titles = titles_of(read(original_of(read(path), path)))
     print(Path(path).name)
     for number, words in sorted(found.items()):
-        print(f"  {number}  " + ("right" if words is None else "not yet" + (words.removeprefix(f"Exercise {number}") if words.startswith("Exercise") else f": {words}")))
+        said = "right" if words is None else "not yet: " + re.sub(rf"^Exercise {number} \(.+?\): ", "", words)
+        print(f"  {number}  {titles[number]}: {said}")
     right = sum(words is None for words in found.values())
     print(f"  {right} of {len(found)} right" + (f"; {len(others)} other cells stopped, the first with {others[0]}" if others else ""))
     return right == len(found)

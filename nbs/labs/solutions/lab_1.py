@@ -72,7 +72,7 @@ def features(kind, z_con, quantize, disconx, refine):
     return z_f + refine(z_f), loss
 
 # %%
-# Exercise 8: in words
+# Exercise 8: in words (only the length is checked)
 answer = """
 The discrete map has few different tokens: inside an organ it is flat, which suppresses noise and suits large structures, but a thin wall falls between
 two codes and is lost. The continuous map keeps the wall and the noise. The synergy adds what each knows, at the price of parameters and of time; with one

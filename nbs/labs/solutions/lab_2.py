@@ -93,7 +93,7 @@ def multiplications(n, t, k):
     return attention, transport
 
 # %%
-# Exercise 8: in words
+# Exercise 8: in words (only the length is checked)
 answer = """
 Each reference gathers the tokens of one kind of tissue, so that what is far apart but alike is pooled together, and the columns force every reference to take its share;
 a softmax over references has no such balance. Its cost grows with n times t and not with n squared. In a run this short the Dice of the three differ little, and one seed
