@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .disconx import MultiHead, merge_heads, split_heads
 from ..core import ShapeError
 
-# %% ../../nbs/blocks/05_external_attention.ipynb #c003
+# %% ../../nbs/blocks/05_external_attention.ipynb #c013
 def _check_correlations(Q, A, W):
     "Raise `ShapeError` unless Q (Z,width) or (B,Z,width), A (B,Z,N,*S) and W (Z,width,N) fit each other."
     if not 4 <= A.ndim <= 6 or A.numel() == 0:
@@ -39,7 +39,7 @@ def semantic_correlations(
         share = log_g.softmax(-1)                         # (B,Z,Z,n) g / (its sum over positions)
         return torch.einsum("bijn,bjn->bij", share, A.sum(2))                                      # eq. 11
 
-# %% ../../nbs/blocks/05_external_attention.ipynb #c004
+# %% ../../nbs/blocks/05_external_attention.ipynb #c016
 class ExternalAttention(nn.Module):
     "Class embeddings ask the feature map of one image: eq. 4 to 11, LSSC. One per modality and scale; training only."
     def __init__(self,
