@@ -179,6 +179,17 @@ def test_an_absent_class_does_not_disturb_the_others():
     assert float((gone[:, :3] - here[:, :3]).abs().max()) < 0.02*6                       # of the maps' range
 
 
+def test_an_organ_that_becomes_background_moves_no_other_organ():
+    "Class 0 fills what the others leave; erase class 3 and give its pixels to class 0."
+    y = torch.zeros(1, 12, 12, dtype=torch.long)
+    y[0, :4, :4], y[0, 8:, 8:], y[0, :3, 9:] = 1, 2, 3
+    maps = lambda y: torch.nn.functional.one_hot(y, 4).movedim(-1, 1)[:, :, None].double()*6 - 3
+    Q, W = torch.ones(4, 1, dtype=torch.float64), torch.ones(4, 1, 1, dtype=torch.float64)
+    here, gone = (semantic_correlations(Q, maps(labels), W)[0] for labels in (y, y.masked_fill(y == 3, 0)))
+    torch.testing.assert_close(gone[:, 1:3], here[:, 1:3])
+    assert float((gone[:, 0] - here[:, 0]).abs().max()) < 1e-2 and float(here[0, 3]) > 2 and float(gone[0, 3]) == pytest.approx(-3)
+
+
 def test_a_class_that_never_answers_leaves_the_others_alone():
     "The limit S^{i4} -> -inf: exactly the correlations of the other classes alone."
     Q, A, W = example(Z=4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core import MedsegError, ShapeError
 from .segmentation import CEDice
 
-# %% ../../nbs/losses/03_semantic_consistency.ipynb #c014
+# %% ../../nbs/losses/03_semantic_consistency.ipynb #c013
 def _mean_over_pairs(items, loss):
     "The mean of loss(a, b) over all pairs of modalities."
     pairs = list(combinations(items, 2))
@@ -40,7 +40,7 @@ def modality_consistency(
         unit = [u.reshape(-1, *u.shape[-2:]).mean(0) for u in unit]           # (B,Z,width) -> (Z,width)
         return _mean_over_pairs(unit, lambda a, b: len(a) - (a*b).sum())
 
-# %% ../../nbs/losses/03_semantic_consistency.ipynb #c018
+# %% ../../nbs/losses/03_semantic_consistency.ipynb #c016
 def symmetric_kl(
     log_p:Tensor,  # (...,Z) log-probabilities
     log_q:Tensor,  # (...,Z), broadcasts with log_p
@@ -82,7 +82,7 @@ def _check_correlations(correlations):
         raise ShapeError("the correlations do not fit each other", found=shapes,
                          expected="(B,Z,Z) at every scale, the same number of scales and classes in every modality")
 
-# %% ../../nbs/losses/03_semantic_consistency.ipynb #c026
+# %% ../../nbs/losses/03_semantic_consistency.ipynb #c023
 def shrink_labels(
     y:Tensor,    # (B,*S) integer class ids
     size:tuple,  # (*s), as many numbers as S
