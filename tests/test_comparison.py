@@ -154,7 +154,7 @@ def test_another_comparison_in_the_folder_is_refused(place, hearts, done, tmp_pa
     with pytest.raises(CheckpointError, match="another recipe.*lr"): compare(MODELS, hearts, replace(RECIPE, lr=1e-4), (0, 1), done.folder)
     with pytest.raises(CheckpointError, match="other seeds"): compare(MODELS, hearts, RECIPE, (0,), done.folder)
     changed = [MODELS[0], replace(MODELS[1], overrides={**SMALL, "dim": 16})]
-    with pytest.raises(CheckpointError, match="another models"): compare(changed, hearts, RECIPE, (0, 1), done.folder)
+    with pytest.raises(CheckpointError, match="other models"): compare(changed, hearts, RECIPE, (0, 1), done.folder)
     assert (done.folder/"comparison.json").read_bytes() == before
     (tmp_path/"letter.txt").write_text("dear")
     with pytest.raises(DatasetError, match="something else"): compare(MODELS, hearts, RECIPE, (0,), tmp_path)

@@ -146,7 +146,7 @@ def _too_few(differences, family):
     "A remark where no result could be significant, whatever the differences."
     n = int((differences != 0).sum())
     least = min(1.0, 2.0**(1 - n)*family)
-    return f"{n} differences: no p Holm below {least:.2g} is possible" if least >= 0.05 else ""
+    return f"no p Holm below {least:.2g} is possible with n = {n}" if least >= 0.05 else ""
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c017
 @dataclass(frozen=True)
@@ -232,7 +232,10 @@ def check_comparison_folder(
     try: found = json.loads(file.read_text())["comparison"]
     except (ValueError, KeyError, TypeError) as error: raise CheckpointError(f"cannot be read ({error})", file=file, fix="choose another folder") from error
     check_same_run(found, {k: description[k] for k in ("recipe", "data")}, folder)
-    check_same_run(found, {"models": {k: description["models"].get(k) for k in found["models"]}}, folder)
+    models = json.loads(json.dumps(description["models"]))                 # tuples become lists, as in the file
+    if changed := [k for k, v in found["models"].items() if models.get(k) != v]:
+        raise CheckpointError("the comparison there has other models", file=folder, found=", ".join(changed), expected=", ".join(models),
+                              fix="name all of them as they were (more may be added), or choose another folder")
     if not set(found["seeds"]) <= set(description["seeds"]):
         raise CheckpointError("the comparison there has other seeds", file=folder, found=found["seeds"], expected=description["seeds"],
                               fix="name all of them (more may be added), or choose another folder")
@@ -602,7 +605,7 @@ def comparison_tables(
     cells = summary_cells(result.summary, ("DSC", "HD95", "IoU", "ASSD"))
     mean, cells = cells[cells.index == "mean"], cells[cells.index != "mean"].reset_index()
     tests = result.tests[result.tests["metric"].isin(("DSC", "HD95"))]
-    notes = " ".join(f"With {note}." for note in dict.fromkeys(tests["note"]) if note)
+    notes = " ".join(f"Note: {note}." for note in dict.fromkeys(tests["note"]) if note)
     tests = tests.drop(columns=["note", "reference"])
     return [section("Results", summary_caption(result.scores, result.about), html_table(mean.to_numpy(), mean.columns),
                     _folded("every class", html_table(cells.to_numpy(), cells.columns))),
