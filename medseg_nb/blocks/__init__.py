@@ -1,6 +1,7 @@
-"What each paper adds: vector quantization, DisConX, hard attention."
+"What each paper adds: vector quantization, DisConX, hard attention, channel scaling."
+from .channel_scaling import ChannelScaling, NetworkScaling, fold_scale, scale_channels
 from .disconx import DisConX
 from .hard_attention import HardAttention
 from .vector_quantization import Quantized, VectorQuantizer
 
-__all__ = ["DisConX", "HardAttention", "Quantized", "VectorQuantizer"]
+__all__ = ["ChannelScaling", "DisConX", "HardAttention", "NetworkScaling", "Quantized", "VectorQuantizer", "fold_scale", "scale_channels"]
