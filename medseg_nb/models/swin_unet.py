@@ -16,7 +16,7 @@ from ..blocks.channel_scaling import scale_channels
 from ..core import ShapeError
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, pad_to_multiple
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c003
+# %% ../../nbs/models/04_swin_unet.ipynb #c007
 def partition_windows(
     x:Tensor,      # (B,H,W,C), sides multiples of the window's
     window:tuple,  # (a,b) tokens
@@ -36,7 +36,7 @@ def join_windows(
     x = x.view(-1, H//a, W//b, a, b, x.shape[-1]).transpose(2, 3)     # (B,H/a,a,W/b,b,C)
     return x.reshape(-1, H, W, x.shape[-1])
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c004
+# %% ../../nbs/models/04_swin_unet.ipynb #c008
 def mask_groups(
     size:tuple,    # (H,W) tokens of the map
     window:tuple,  # (a,b)
@@ -63,7 +63,7 @@ def window_mask(
     groups = partition_windows(groups[None, ..., None], window)       # (nW,N,1)
     return torch.zeros(()).masked_fill(groups != groups.mT, -torch.inf)
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c005
+# %% ../../nbs/models/04_swin_unet.ipynb #c012
 def relative_index(
     window:tuple,  # (a,b) tokens of the windows
     largest:int,   # side of the window the table is made for, >= a and b
@@ -74,6 +74,7 @@ def relative_index(
     dy, dx = (t[:, None] - t + largest - 1 for t in (y, x))           # (N,N), from 0
     return dy*(2*largest - 1) + dx
 
+# %% ../../nbs/models/04_swin_unet.ipynb #c017
 class WindowAttention(nn.Module):
     "Multi-head self-attention inside windows, with relative position bias and, if `shifted`, windows moved by half (Liu et al. 2021)."
     def __init__(self,
@@ -120,14 +121,14 @@ class WindowAttention(nn.Module):
         size = x.shape[1:3]
         window, shift = self.plan(size)
         padded = [-(-s//w)*w for s, w in zip(size, window)]
-        x = F.pad(x, (0, 0, 0, padded[1]-size[1], 0, padded[0]-size[0]))
+        if padded != list(size): x = F.pad(x, (0, 0, 0, padded[1]-size[1], 0, padded[0]-size[0]))
         if any(shift): x = x.roll([-s for s in shift], (1, 2))
         x = self.attend(partition_windows(x, window), self.bias(size, window, shift))
         x = join_windows(x, window, padded)
         if any(shift): x = x.roll(shift, (1, 2))
         return x[:, :size[0], :size[1]]
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c006
+# %% ../../nbs/models/04_swin_unet.ipynb #c021
 def drop_samples(
     x:Tensor,       # (B,...) a residual branch
     rate:float,     # probability of dropping it for one sample, 0 <= rate < 1
@@ -179,7 +180,7 @@ class SwinStage(nn.ModuleList):
         for block, pair in zip(self, scales, strict=True): x = block(x, pair)
         return x
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c007
+# %% ../../nbs/models/04_swin_unet.ipynb #c025
 class PatchMerging(nn.Module):
     "Halve the grid, double the channels: four neighbours side by side, then a linear layer."
     def __init__(self,
@@ -206,7 +207,7 @@ class PatchExpanding(nn.Module):
         x = self.expand(x).view(B, H, W, s, s, -1).transpose(2, 3)        # (B,H,W,s,s,C') -> (B,H,s,W,s,C')
         return self.norm(x.reshape(B, s*H, s*W, -1))
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c008
+# %% ../../nbs/models/04_swin_unet.ipynb #c028
 class SwinEncoder(nn.Module):
     "Patch embedding, then stages of blocks with patch merging between them."
     def __init__(self,
@@ -279,7 +280,7 @@ class SwinDecoder(nn.Module):
             maps.append(z := level(z, skip, pairs))
         return self.head(self.expand(self.norm(z.movedim(1, -1)))).movedim(-1, 1), maps   # (B,H,W,Z) -> (B,Z,H,W)
 
-# %% ../../nbs/models/04_swin_unet.ipynb #c009
+# %% ../../nbs/models/04_swin_unet.ipynb #c029
 class SwinUNet(EncoderDecoder):
     "Swin-Unet (Cao et al. 2021), tiny by default; every block takes optional channel scales: eq. 1 to 3, LSSC. Raises `ShapeError` for what does not fit."
     def __init__(self,
@@ -292,6 +293,7 @@ class SwinUNet(EncoderDecoder):
         patch:int=4,                  # side of a token in pixels
         mlp_ratio:float=4,            # hidden channels of the feed-forward networks / channels
         drop_path:float=0.2,          # largest rate of stochastic depth; it grows from 0 along the encoder
+        init_std:float|None=0.02,     # deviation of linear weights at the start; None: 1/sqrt(inputs), which narrow networks need
     ):
         _check_settings(in_channels, classes, width, depths, heads, patch, drop_path)
         if int(width*mlp_ratio) < 1: raise ShapeError("mlp_ratio does not fit", found=mlp_ratio, expected=f">= 1/{width}")
@@ -301,7 +303,7 @@ class SwinUNet(EncoderDecoder):
         super().__init__(encoder, IdentityBottleneck(widths[-1]), SwinDecoder(widths, heads, rates, classes, window, patch, mlp_ratio))
         self.stage_depths = (*depths, *depths[-2::-1])
         self.block_channels = tuple(w for w, n in zip((*widths, *widths[-2::-1]), self.stage_depths) for _ in range(n))
-        self.apply(_start_small)
+        for module in self.modules(): _start_linear(module, init_std)
     def forward(self,
         x:Tensor,         # (B,in_channels,H,W), any size
         aux:bool=False,   # also give the decoder's maps
@@ -340,8 +342,8 @@ def _check_settings(in_channels, classes, width, depths, heads, patch, drop_path
         raise ShapeError("depths and heads do not fit", found=f"{len(depths)} and {len(heads)} stages", expected="as many heads as depths, two stages or more")
     if not 0 <= drop_path < 1: raise ShapeError("drop_path does not fit", found=drop_path, expected="0 <= drop_path < 1")
 
-def _start_small(module):
-    "Linear layers start with weights of deviation 0.02 and no bias, as in Swin."
+def _start_linear(module, std):
+    "Linear layers start with small weights and no bias, as in Swin."
     if not isinstance(module, nn.Linear): return
-    nn.init.trunc_normal_(module.weight, std=0.02)
+    nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if std is None else std)
     if module.bias is not None: nn.init.zeros_(module.bias)
