@@ -33,8 +33,8 @@ def from_timm_blocks(side=224):
         for name, stage in list(parent.named_children()):
             if not isinstance(stage, SwinStage): continue
             dim, heads = stage[0].norm1.normalized_shape[0], stage[0].attention.heads
-            blocks = [SwinTransformerBlock(dim, (sides[dim],)*2, heads, window_size=7, shift_size=3*(i % 2), drop_path=b.drop_path) for i, b in enumerate(stage)]
-            setattr(parent, name, Blocks(*blocks))
+            peers = (SwinTransformerBlock(dim, (sides[dim],)*2, heads, window_size=7, shift_size=3*(i % 2), drop_path=b.drop_path) for i, b in enumerate(stage))
+            setattr(parent, name, Blocks(*peers))
     return model
 
 
@@ -77,7 +77,8 @@ def main():
     print(f"{'network':32}{'M params':>9}{'GMAC':>7}{'ms':>8}{'ratio':>8}")
     for name, t in times.items():
         ratio = median(a/b for a, b in zip(t, times[PEER], strict=True))
-        print(f"{name:32}{count_parameters(models[name])/1e6:9.2f}{count_macs(models[name].cpu().eval(), (1, 3, 224, 224))/1e9:7.1f}{1000*median(t):8.0f}{ratio:8.2f}")
+        macs = count_macs(models[name].cpu().eval(), (2, 3, 224, 224))
+        print(f"{name:32}{count_parameters(models[name])/1e6:9.2f}{macs/1e9:7.1f}{1000*median(t):8.0f}{ratio:8.2f}")
     print(f"target: SwinUNet at most {TARGET} times {PEER}")
 
 

@@ -795,6 +795,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'medseg_nb/models/swin_unet.py'),
                                             'medseg_nb.models.swin_unet.PatchExpanding.forward': ( 'models/swin_unet.html#patchexpanding.forward',
                                                                                                    'medseg_nb/models/swin_unet.py'),
+                                            'medseg_nb.models.swin_unet.PatchExpanding.start_alike': ( 'models/swin_unet.html#patchexpanding.start_alike',
+                                                                                                       'medseg_nb/models/swin_unet.py'),
                                             'medseg_nb.models.swin_unet.PatchMerging': ( 'models/swin_unet.html#patchmerging',
                                                                                          'medseg_nb/models/swin_unet.py'),
                                             'medseg_nb.models.swin_unet.PatchMerging.__init__': ( 'models/swin_unet.html#patchmerging.__init__',

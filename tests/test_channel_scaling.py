@@ -54,8 +54,9 @@ def test_one_pair_a_block():
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: ChannelScaling(0, 4, 3), lambda: ChannelScaling(6, 0, 3), lambda: ChannelScaling(6, 4, 0), lambda: ChannelScaling(6, 4, 3)(torch.zeros(2, 6)),
-    lambda: ChannelScaling(6, 4, 3)(torch.zeros(3, 5)), lambda: ChannelScaling(6, 4, 3)(torch.zeros(6)), lambda: scale_channels(torch.zeros(2, 5, 4), torch.zeros(3)),
-    lambda: scale_channels(torch.zeros(2, 5, 4), torch.zeros(3, 4)), lambda: fold_scale(nn.Linear(4, 3), torch.zeros(4)), lambda: fold_scale(nn.Linear(4, 3), torch.zeros(2, 3))])
+    lambda: ChannelScaling(0, 4, 3), lambda: ChannelScaling(6, 0, 3), lambda: ChannelScaling(6, 4, 0),
+    lambda: ChannelScaling(6, 4, 3)(torch.zeros(2, 6)), lambda: ChannelScaling(6, 4, 3)(torch.zeros(3, 5)), lambda: ChannelScaling(6, 4, 3)(torch.zeros(6)),
+    lambda: scale_channels(torch.zeros(2, 5, 4), torch.zeros(3)), lambda: scale_channels(torch.zeros(2, 5, 4), torch.zeros(3, 4)),
+    lambda: fold_scale(nn.Linear(4, 3), torch.zeros(4)), lambda: fold_scale(nn.Linear(4, 3), torch.zeros(2, 3))])
 def test_what_does_not_fit(wrong):
     with pytest.raises(ShapeError): wrong()

@@ -7,11 +7,24 @@ from hypothesis import strategies as st
 
 from medseg_nb.blocks.channel_scaling import NetworkScaling, fold_scale
 from medseg_nb.core import ShapeError
-from medseg_nb.models.swin_unet import (PatchExpanding, PatchMerging, SwinBlock, SwinUNet, WindowAttention, drop_samples, join_windows, mask_groups,
-                                        partition_windows, relative_index, window_mask)
+from medseg_nb.models.swin_unet import (
+    PatchExpanding,
+    PatchMerging,
+    SwinBlock,
+    SwinUNet,
+    WindowAttention,
+    drop_samples,
+    join_windows,
+    mask_groups,
+    partition_windows,
+    relative_index,
+    window_mask,
+)
 from medseg_nb.models.zoo import count_parameters
 
 SMALL = dict(width=8, depths=(2, 1, 2), heads=(1, 2, 4), window=3, patch=2, drop_path=0.)
+OURS = ("norm1", "attention.qkv", "attention.proj", "norm2", "mlp.0", "mlp.2")
+TIMMS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 sides = st.tuples(st.integers(1, 11), st.integers(1, 11))
 
 
@@ -55,7 +68,7 @@ def timm_block(ours, size):
     table = mine.bias_table.detach().view(2*w - 1, 2*w - 1, -1)[w-a:w+a-1, w-b:w+b-1].flatten(0, 1)
     state = dict(ours.state_dict())
     renamed = {"attn.relative_position_bias_table": table}
-    for ours_name, name in (("norm1", "norm1"), ("attention.qkv", "attn.qkv"), ("attention.proj", "attn.proj"), ("norm2", "norm2"), ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2")):
+    for ours_name, name in zip(OURS, TIMMS, strict=True):
         for part in ("weight", "bias"): renamed[f"{name}.{part}"] = state[f"{ours_name}.{part}"]
     left = peer.load_state_dict(renamed, strict=False)
     assert not left.unexpected_keys and set(left.missing_keys) <= {"attn.relative_position_index", "attn_mask"}
@@ -89,8 +102,7 @@ def test_block_equals_timm(size, shifted):
     torch.nn.init.normal_(ours.attention.bias_table)
     peer, _ = timm_block(ours, size)
     x = torch.randn(2, *size, 12, dtype=torch.double)
-    names = ("norm1", "attention.qkv", "attention.proj", "norm2", "mlp.0", "mlp.2"), ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    weights = [[net.get_submodule(n).weight for n in side] for net, side in zip((ours, peer), names, strict=True)]
+    weights = [[net.get_submodule(n).weight for n in names] for net, names in ((ours, OURS), (peer, TIMMS))]
     assert_same(gradients(ours, x, weights[0]), gradients(peer, x, weights[1]), 1e-9)
     if min(size) >= 7:
         tables = ours.attention.bias_table, peer.attn.relative_position_bias_table
@@ -114,6 +126,14 @@ def test_expanding_by_hand():
     token = expand.expand(x[1, 2, 3]).view(2, 2, 5)                     # the four children of one token
     for i in range(2):
         for j in range(2): torch.testing.assert_close(y[1, 4+i, 6+j], F.layer_norm(token[i, j], (5,)))
+
+
+def test_pixels_of_a_token_start_alike():
+    model = SwinUNet(1, 3, **SMALL).eval()
+    with torch.no_grad(): logits = model(torch.randn(1, 1, 16, 16))
+    blocks = F.pixel_unshuffle(logits, 2).view(3, 4, -1)
+    torch.testing.assert_close(blocks, blocks[:, :1].expand_as(blocks))
+    assert blocks.std(-1).min() > 0
 
 
 def test_masks_of_an_8_by_8_map():
@@ -245,9 +265,9 @@ def test_bf16_autocast():
     assert (half.float() - model(x)).abs().max() < 0.1*model(x).abs().max()
 
 
-@pytest.mark.parametrize("changes", [dict(heads=(3, 2, 4)), dict(window=1), dict(window=0), dict(width=0), dict(depths=(2, 0, 2)), dict(depths=()), dict(depths=(2, 2)),
-                                     dict(depths=(2,), heads=(1,)), dict(patch=0), dict(drop_path=1.), dict(classes=1), dict(in_channels=0), dict(heads=(1, 0, 4)),
-                                     dict(mlp_ratio=0)])
+@pytest.mark.parametrize("changes", [
+    dict(heads=(3, 2, 4)), dict(heads=(1, 0, 4)), dict(window=1), dict(window=0), dict(width=0), dict(depths=(2, 0, 2)), dict(depths=()), dict(depths=(2, 2)),
+    dict(depths=(2,), heads=(1,)), dict(patch=0), dict(drop_path=1.), dict(classes=1), dict(in_channels=0), dict(mlp_ratio=0)])
 def test_settings_that_do_not_fit(changes):
     with pytest.raises(ShapeError): SwinUNet(**{"in_channels": 1, "classes": 3, **SMALL, **changes})
 

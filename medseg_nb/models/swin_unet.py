@@ -84,7 +84,8 @@ class WindowAttention(nn.Module):
         shifted:bool=False,   # move the windows by half their side
     ):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads: raise ShapeError("heads do not divide the width", found=f"width {dim}, heads {heads}", expected="width a positive multiple of heads")
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ShapeError("heads do not divide the width", found=f"width {dim}, heads {heads}", expected="width a positive multiple of heads")
         if window < 2: raise ShapeError("window does not fit", found=window, expected=">= 2")
         self.heads, self.window, self.shifted = heads, window, shifted
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
@@ -206,6 +207,11 @@ class PatchExpanding(nn.Module):
         (B, H, W, _), s = x.shape, self.scale
         x = self.expand(x).view(B, H, W, s, s, -1).transpose(2, 3)        # (B,H,W,s,s,C') -> (B,H,s,W,s,C')
         return self.norm(x.reshape(B, s*H, s*W, -1))
+    @torch.no_grad()
+    def start_alike(self) -> None:
+        "Let all children of a token start alike, or the first predictions are chequered."
+        weight, n = self.expand.weight, self.scale**2                     # (n*C',dim)
+        weight.copy_(weight[:len(weight)//n].repeat(n, 1))
 
 # %% ../../nbs/models/04_swin_unet.ipynb #c028
 class SwinEncoder(nn.Module):
@@ -304,6 +310,7 @@ class SwinUNet(EncoderDecoder):
         self.stage_depths = (*depths, *depths[-2::-1])
         self.block_channels = tuple(w for w, n in zip((*widths, *widths[-2::-1]), self.stage_depths) for _ in range(n))
         for module in self.modules(): _start_linear(module, init_std)
+        self.decoder.expand.start_alike()
     def forward(self,
         x:Tensor,         # (B,in_channels,H,W), any size
         aux:bool=False,   # also give the decoder's maps
@@ -323,19 +330,22 @@ class SwinUNet(EncoderDecoder):
     def _by_stage(self, scales):
         "Lists of pairs, one per stage of encoder and decoder; pairs of None without scales."
         if scales is None: scales = [(None, None)]*len(self.block_channels)
-        if len(scales) != len(self.block_channels): raise ShapeError("scales do not fit the model", found=f"{len(scales)} pairs", expected=f"{len(self.block_channels)}, one a block")
+        if len(scales) != len(self.block_channels):
+            raise ShapeError("scales do not fit the model", found=f"{len(scales)} pairs", expected=f"{len(self.block_channels)}, one a block")
         pairs = iter(scales)
         return [[next(pairs) for _ in range(depth)] for depth in self.stage_depths]
     def _check_image(self, x):
         "The size of the image; `ShapeError` if the model cannot see it."
         channels = self.encoder.embed.in_channels
         if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0:
-            raise ShapeError("image does not fit the model", found=tuple(x.shape), expected=f"(B,{channels},H,W), none empty", fix="build the model with in_channels of your images")
+            raise ShapeError("image does not fit the model", found=tuple(x.shape), expected=f"(B,{channels},H,W), none empty",
+                             fix="build the model with the in_channels of your images")
         return x.shape[2:]
 
 def _check_settings(in_channels, classes, width, depths, heads, patch, drop_path):
     "Say what does not fit before anything is built."
-    least = dict(in_channels=(in_channels, 1), classes=(classes, 2), width=(width, 1), depths=(min(depths, default=0), 1), patch=(patch, 1))
+    least = dict(in_channels=(in_channels, 1), classes=(classes, 2), width=(width, 1),
+                 depths=(min(depths, default=0), 1), patch=(patch, 1))
     for name, (value, low) in least.items():
         if value < low: raise ShapeError(f"{name} does not fit", found=value, expected=f">= {low}")
     if len(depths) != len(heads) or len(depths) < 2:
