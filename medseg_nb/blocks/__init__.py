@@ -1,4 +1,5 @@
 "What each paper adds: vector quantization, DisConX, hard attention, optimal transport."
+from .channel_scaling import ChannelScaling, NetworkScaling, fold_scale, scale_channels
 from .disconx import DisConX
 from .external_attention import ExternalAttention, semantic_correlations
 from .hard_attention import HardAttention
@@ -6,5 +7,5 @@ from .ot_embedding import L2GMapper, NystromFeatures, OTEmbedding
 from .sinkhorn import marginal_error, sinkhorn
 from .vector_quantization import Quantized, VectorQuantizer
 
-__all__ = ["DisConX", "ExternalAttention", "HardAttention", "L2GMapper", "NystromFeatures", "OTEmbedding", "Quantized", "VectorQuantizer",
-           "marginal_error", "semantic_correlations", "sinkhorn"]
+__all__ = ["ChannelScaling", "DisConX", "ExternalAttention", "HardAttention", "L2GMapper", "NetworkScaling", "NystromFeatures", "OTEmbedding",
+           "Quantized", "VectorQuantizer", "fold_scale", "marginal_error", "scale_channels", "semantic_correlations", "sinkhorn"]

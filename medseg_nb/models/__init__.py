@@ -2,9 +2,10 @@
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, Slot
 from .l2gnet import L2GBottleneck
 from .peers import ASPP, AttentionDecoder, AttentionGate, CascadedUpsampler, DeepLabDecoder, TransVQBottleneck, VQBottleneck, ViTBottleneck
+from .swin_unet import SwinUNet
 from .synergynet import SynergyBottleneck
 from .zoo import build_model, list_models, list_settings, load_model, save_model
 
 __all__ = ["ASPP", "AttentionDecoder", "AttentionGate", "CascadedUpsampler", "DeepLabDecoder", "EncoderDecoder", "IdentityBottleneck",
-           "L2GBottleneck", "SegOutput", "Slot", "SynergyBottleneck", "TransVQBottleneck", "VQBottleneck", "ViTBottleneck", "build_model",
-           "list_models", "list_settings", "load_model", "save_model"]
+           "L2GBottleneck", "SegOutput", "Slot", "SwinUNet", "SynergyBottleneck", "TransVQBottleneck", "VQBottleneck", "ViTBottleneck",
+           "build_model", "list_models", "list_settings", "load_model", "save_model"]
