@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .channel_scaling import scale_channels
 from .disconx import merge_heads, split_heads
 from ..core import ShapeError
 
@@ -178,15 +179,11 @@ class WindowBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
     def forward(self,
         x:Tensor,                # (B,*S,dim)
-        scales:tuple|None=None,  # Phi_1 and Phi_2, both (dim,) or broadcasting with x; None: 1
+        scales:tuple|None=None,  # phi_1 and phi_2 of `ChannelScaling`, each (dim,) or (B,dim); None: 1
         skip:Tensor|None=None,   # (B,*S,dim), where `cross`
     ) -> Tensor:                 # (B,*S,dim)
-        first, second = (1, 1) if scales is None else scales
+        first, second = (None, None) if scales is None else scales
         y = self.attention(self.norm1(x), None if skip is None else self.norm1(skip))
         if skip is not None: x = x + skip
-        x = x + self.drop_path(_scaled(y, first))                    # eq. 2
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), second))  # eq. 3
-
-def _scaled(x, by):
-    "x * by, without work where by is 1."
-    return x if isinstance(by, int) else x * by
+        x = x + self.drop_path(scale_channels(y, first))                            # eq. 2
+        return x + self.drop_path(scale_channels(self.mlp(self.norm2(x)), second))  # eq. 3
