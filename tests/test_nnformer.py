@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from medseg_nb.blocks.channel_scaling import NetworkScaling, fold_scale
 from medseg_nb.blocks.disconx import merge_heads, split_heads
-from medseg_nb.blocks.window_attention import (DropPath, WindowAttention, WindowBlock, join_windows, partition_windows,
-                                               relative_position_index, window_regions)
+from medseg_nb.blocks.window_attention import DropPath, WindowAttention, WindowBlock, join_windows, partition_windows, relative_position_index, window_regions
 from medseg_nb.core import ShapeError
 from medseg_nb.models.nnformer import NNFORMER_SIZES, NNFormer
 

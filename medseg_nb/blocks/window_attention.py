@@ -159,7 +159,7 @@ class DropPath(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         if not self.training or self.rate == 0: return x
         keep = x.new_empty(len(x), *[1]*(x.dim() - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+        return x * (keep/(1 - self.rate))
 
 class WindowBlock(nn.Module):
     "A transformer block with window attention and optional channel scales: eq. 2 and 3, LSSC."

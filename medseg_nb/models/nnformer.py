@@ -8,7 +8,6 @@ __all__ = ['NNFORMER_SIZES', 'norm_channels', 'ConvEmbedding', 'StridedDown', 'S
 from itertools import repeat
 from math import ceil, prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
