@@ -87,6 +87,7 @@ class WindowAttention(nn.Module):
         self.shift = tuple(w//2 if shift else 0 for w in self.window)
         self.project, self.out = nn.Linear(dim, (2 if cross else 3)*dim), nn.Linear(dim, dim)
         self.bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(prod(2*w - 1 for w in self.window), heads), std=0.02))
+        self.register_buffer("index", relative_position_index(self.window), persistent=False)   # (n,n)
     def extra_repr(self): return f"window={self.window}, heads={self.heads}, shift={self.shift}, cross={self.cross}"
     def fit(self,
         sides:tuple,  # S of the map
@@ -99,7 +100,7 @@ class WindowAttention(nn.Module):
         window:tuple,  # at most self.window
     ) -> Tensor:       # (heads,n,n)
         "The learned bias of every pair in a window."
-        index = relative_position_index(window, self.window).to(self.bias_table.device)
+        index = self.index if window == self.window else relative_position_index(window, self.window).to(self.index.device)
         return F.embedding(index, self.bias_table).permute(2, 0, 1).contiguous()   # (n,n,heads) -> (heads,n,n)
     def forward(self,
         x:Tensor,                  # (B,*S,dim)
