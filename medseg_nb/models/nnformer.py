@@ -15,7 +15,7 @@ from ..blocks.window_attention import WindowBlock
 from ..core import ShapeError
 from .encoder_decoder import SegOutput
 
-# %% ../../nbs/models/05_nnformer.ipynb #c003
+# %% ../../nbs/models/05_nnformer.ipynb #c008
 def norm_channels(
     norm:nn.LayerNorm,  # over C
     x:Tensor,           # (B,C,*S)
@@ -67,12 +67,12 @@ class StridedUp(nn.Module):
         x = self.conv(self.norm(x).movedim(-1, 1)).movedim(1, -1)
         return x[(slice(None), *[slice(s) for s in sides])]
 
-# %% ../../nbs/models/05_nnformer.ipynb #c004
+# %% ../../nbs/models/05_nnformer.ipynb #c015
 NNFORMER_SIZES = {
     "synapse": dict(width=192, heads=(6, 12, 24, 48), windows=(4, 4, 8, 4), patch=(4, 4, 2)),
     "acdc": dict(width=96, heads=(3, 6, 12, 24), windows=((5, 5, 3), (5, 5, 3), (10, 10, 7), (5, 5, 4)), patch=(4, 4, 1),
                  strides=((2, 2, 1), (2, 2, 2), (2, 2, 2))),
-    "teach": dict(width=24, heads=(3, 6, 12, 24), windows=(4, 4, 6, 3), patch=(4, 4, 2), drop_path=0.0),
+    "teach": dict(width=16, heads=(2, 4, 8, 16), windows=(4, 4, 6, 3), patch=(2, 2, 2), drop_path=0.0),
 }
 
 def make_stage(
