@@ -11,7 +11,7 @@ from ..blocks.ot_embedding import L2GMapper, reference_sides
 from ..blocks.vector_quantization import VectorQuantizer
 from .encoder_decoder import Slot, conv_block
 
-# %% ../../nbs/models/02_l2gnet.ipynb #c005
+# %% ../../nbs/models/02_l2gnet.ipynb #c006
 class L2GBottleneck(nn.Module):
     "Quantizer and L2GMapper in the slot: Fig. 1 and eq. 1 to 3, L2GNet; raises `MedsegError` for numbers that do not fit."
     def __init__(self,
