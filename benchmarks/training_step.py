@@ -38,8 +38,14 @@ def peer(kind):
     return getattr(smp, kind)("resnet50", encoder_weights=None, in_channels=1, classes=9)
 
 
-OTHERS = {"identity": without_blocks, "smp-unet": lambda: peer("Unet"), "smp-deeplabv3plus": lambda: peer("DeepLabV3Plus")}
-DEFAULT = "identity,synergynet-8s2h,synergynet-8s8h,l2gnet-2ref,l2gnet-4ref,transunet,unet-r50,smp-unet"
+def wide(name):
+    "A network whose bottleneck has 1024 channels instead of 512."
+    return build_model(name, classes=9, dim=1024)
+
+
+OTHERS = {"identity": without_blocks, "synergynet-8s2h-1024": lambda: wide("synergynet-8s2h"), "l2gnet-4ref-1024": lambda: wide("l2gnet-4ref"),
+          "smp-unet": lambda: peer("Unet"), "smp-deeplabv3plus": lambda: peer("DeepLabV3Plus")}
+DEFAULT = "identity,synergynet-8s2h,synergynet-8s8h,l2gnet-2ref,l2gnet-4ref,synergynet-8s2h-1024,l2gnet-4ref-1024,transunet,unet-r50,smp-unet"
 
 
 def network(name):
