@@ -5,7 +5,7 @@ __all__ = ['TISSUES', 'ORGANS', 'HEART', 'INNER', 'SOFT', 'PHANTOM_KINDS', 'Regi
            'smooth_noise', 'new_scene', 'paint', 'jitter', 'stretch', 'draw_abdomen', 'ct_numbers', 'mr_signals',
            'cine_signals', 'block_mean', 'majority', 'render', 'scan_ct', 'scan_mr', 'scan_cine', 'Heart', 'heart_of',
            'contract', 'below', 'draw_heart', 'Kind', 'random_stream', 'case_id', 'draw_case', 'nifti_bytes',
-           'describe_phantom', 'make_phantom']
+           'describe_phantom', 'folder_atomically', 'make_phantom']
 
 # %% ../../nbs/data/02_phantoms.ipynb #c002
 import gzip
@@ -75,7 +75,8 @@ def tube(
 # %% ../../nbs/data/02_phantoms.ipynb #c008
 TISSUES = ["air", "skin", "fat", "muscle", "wall fat", "lung", "bone", "marrow", "fluid", "gas", "stool", "bowel",
            "vein", "aorta", "gallbladder", "cortex", "medulla", "liver", "liver vessel", "lesion", "pancreas", "spleen",
-           "stomach", "chyme", "myocardium", "blood", "papillary"]
+           "stomach", "chyme", "myocardium", "blood", "papillary",
+           "csf", "grey matter", "white matter", "deep grey", "brainstem", "eye", "soft tissue"]   # of heads
 ORGANS = ["aorta", "gallbladder", "kidney L", "kidney R", "liver", "pancreas", "spleen", "stomach"]  # classes 1..8
 HEART = ["RV", "MYO", "LV"]                                                                        # classes 1..3
 INNER = ["fat"]                                                             # what small parts may grow into
@@ -335,12 +336,15 @@ def render(
 
 def scan_ct(
     scene:Scene,
-    rng,            # numpy Generator
-) -> np.ndarray:    # (X,Y,Z) int16 HU
+    rng,                # numpy Generator
+    numbers=ct_numbers, # rng -> {tissue: HU}
+    noise=(12, 28),     # least and most standard deviation, HU
+    texture=(3, 8),     # unevenness inside an organ, likewise
+) -> np.ndarray:        # (X,Y,Z) int16 HU
     "A CT: Hounsfield units with grainy noise, stronger in some patients."
-    image = render(scene, ct_numbers(rng), rng, rng.uniform(3, 8))
-    noise = gaussian_filter(rng.standard_normal(image.shape, dtype=np.float32), (0.6, 0.6, 0))
-    image += noise/noise.std()*rng.uniform(12, 28)
+    image = render(scene, numbers(rng), rng, rng.uniform(*texture))
+    grain = gaussian_filter(rng.standard_normal(image.shape, dtype=np.float32), (0.6, 0.6, 0))
+    image += grain/grain.std()*rng.uniform(*noise)
     return np.clip(np.round(image), -1024, 3071).astype(np.int16)
 
 def scan_mr(
@@ -451,12 +455,38 @@ class Kind(NamedTuple):
     size:tuple      # field of view in mm
     modality:str    # as dataset.json says it
     classes:tuple   # names of the classes 1, 2, ...
+    draw:object     # (rng, index, seed, fine shape, field of view in mm) -> Scene
+    scan:object     # (Scene, rng) -> (X,Y,Z) int16
+    number:object   # index -> what follows the kind in a case's name; cases of one person differ from `_frame` on
+    anatomy:object  # () -> where real anatomies come from, or None where everything is drawn
 
+def _draw_belly(rng, index, seed, shape, size) -> Scene:
+    "Every abdomen is another person."
+    return draw_abdomen(rng, shape, size)
+
+def _draw_beat(rng, index, seed, shape, size) -> Scene:
+    "One moment of a heart: even cases at end diastole, odd ones the same person at or near end systole."
+    person = random_stream("heart", seed, index//2)
+    heart, shortening = heart_of(person), person.uniform(0.12, 0.38)
+    return draw_heart(rng, shape, size, contract(heart, 0 if index % 2 == 0 else rng.uniform(0.8, 1), shortening))
+
+def _person(index) -> str:
+    "One case a person."
+    return f"{index:03d}"
+
+def _two_frames(index) -> str:
+    "Two frames (01 end diastole, 10 near end systole) a person."
+    return f"{index//2:03d}_frame{(1, 10)[index % 2]:02d}"
+
+def _all_drawn() -> None:
+    "No real anatomy is used."
+
+_BELLY = ((96, 96, 24), (336, 336, 192))
 PHANTOM_KINDS = {
-    "abdomen-ct": Kind((96, 96, 24), (336, 336, 192), "CT", tuple(ORGANS)),
-    "abdomen-mr": Kind((96, 96, 24), (336, 336, 192), "MRI", tuple(ORGANS)),
-    "cardiac-mr": Kind((96, 96, 10), (173, 173, 100), "MRI", tuple(HEART)),
-}
+    "abdomen-ct": Kind(*_BELLY, "CT", tuple(ORGANS), _draw_belly, scan_ct, _person, _all_drawn),
+    "abdomen-mr": Kind(*_BELLY, "MRI", tuple(ORGANS), _draw_belly, scan_mr, _person, _all_drawn),
+    "cardiac-mr": Kind((96, 96, 10), (173, 173, 100), "MRI", tuple(HEART), _draw_beat, scan_cine, _two_frames, _all_drawn),
+}   # medseg_nb.data.heads adds "head-ct" and "head-mr"
 
 def random_stream(
     *key,  # names and numbers that identify what is drawn
@@ -469,7 +499,7 @@ def case_id(
     index:int,  # 0, 1, ...
 ) -> str:
     "The case's name; two frames (01 end diastole, 10 near end systole) of one heart share the patient's number."
-    return f"{kind}_{index//2:03d}_frame{(1, 10)[index % 2]:02d}" if kind == "cardiac-mr" else f"{kind}_{index:03d}"
+    return f"{kind}_{PHANTOM_KINDS[kind].number(index)}"
 
 def draw_case(
     kind:str,    # a name of PHANTOM_KINDS
@@ -481,18 +511,11 @@ def draw_case(
     what, rng = PHANTOM_KINDS[kind], random_stream(kind, seed, index)
     shape = np.array(shape or what.shape)
     spacing = np.round(np.array(what.size)*rng.uniform(0.96, 1.04)/shape, 3)
-    scene = (_draw_beat(rng, index, seed, 2*shape, spacing*shape) if kind == "cardiac-mr" else
-             draw_abdomen(rng, 2*shape, spacing*shape))
-    image = {"abdomen-ct": scan_ct, "abdomen-mr": scan_mr, "cardiac-mr": scan_cine}[kind](scene, rng)
+    scene = what.draw(rng, index, seed, 2*shape, spacing*shape)
+    image = what.scan(scene, rng)
     affine = np.diag([*spacing, 1.0])
     affine[:3,3] = -spacing*(shape - 1)/2                                       # the middle of the grid is the origin
     return nib.Nifti1Image(image, affine), nib.Nifti1Image(majority(scene.label, len(what.classes) + 1), affine)
-
-def _draw_beat(rng, index, seed, shape, size) -> Scene:
-    "One moment of a heart: even cases at end diastole, odd ones the same person at or near end systole."
-    person = random_stream("heart", seed, index//2)
-    heart, shortening = heart_of(person), person.uniform(0.12, 0.38)
-    return draw_heart(rng, shape, size, contract(heart, 0 if index % 2 == 0 else rng.uniform(0.8, 1), shortening))
 
 # %% ../../nbs/data/02_phantoms.ipynb #c034
 def nifti_bytes(
@@ -511,7 +534,10 @@ def describe_phantom(
     what = PHANTOM_KINDS[kind]
     pair = lambda name: {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
     labels = {"0": "background", **{str(i): name for i, name in enumerate(what.classes, 1)}}
-    return {"name": kind, "description": "Phantom: made of formulas, no patient", "licence": "CC0",
+    said = {"description": "Phantom: made of formulas, no patient", "licence": "CC0"}
+    if "anatomy" in request: said = {"description": f"Phantom: contrasts painted on the label maps of {request['anatomy']}",
+                                     "licence": "as the label maps"}
+    return {"name": kind, **said,
             "tensorImageSize": "3D", "modality": {"0": what.modality}, "labels": labels, "numTraining": len(names),
             "numTest": 0, "training": [pair(n) for n in names], "test": [], "phantom": request}
 
@@ -542,7 +568,7 @@ def _already_made(
                        expected="a new or empty folder", fix="choose another folder, or remove this one")
 
 @contextmanager
-def _folder_atomically(
+def folder_atomically(
     path:Path,  # folder to make
 ):
     "Give a temporary folder beside `path`; rename it on success, remove it on failure; OSError becomes `DatasetError`."
@@ -561,19 +587,20 @@ def _folder_atomically(
         if temporary: shutil.rmtree(temporary, ignore_errors=True)
 
 def make_phantom(
-    kind:str,     # "abdomen-ct", "abdomen-mr" or "cardiac-mr"
+    kind:str,     # a name of PHANTOM_KINDS: "abdomen-ct", "abdomen-mr", "cardiac-mr", "head-ct" or "head-mr"
     n_cases:int,  # how many labelled volumes
     seed:int,     # the same seed gives the same bytes
     path,         # folder to make; must not exist or be empty, unless it holds this very phantom
-    shape=None,   # voxels (X,Y,Z) over the same field of view; None: 96 x 96 x 24 or, for the heart, 96 x 96 x 10
+    shape=None,   # voxels (X,Y,Z) over the same field of view; None: the kind's, e.g. 96 x 96 x 24 for an abdomen
 ) -> Path:        # the folder: dataset.json, imagesTr, labelsTr
     "Write a collection of phantoms. Raises `MedsegError` for a bad request, `DatasetError` if the folder is in use."
     _check_request(kind, n_cases, seed, shape)
     path = Path(path)
     shape = [int(n) for n in shape or PHANTOM_KINDS[kind].shape]
     request = {"kind": kind, "n_cases": int(n_cases), "seed": int(seed), "shape": shape}
+    if anatomy := PHANTOM_KINDS[kind].anatomy(): request["anatomy"] = anatomy
     if _already_made(path, request): return path
-    with _folder_atomically(path) as folder:
+    with folder_atomically(path) as folder:
         names = [case_id(kind, i) for i in range(n_cases)]
         for i, name in enumerate(progress(names, f"drawing {kind}")):
             for part, picture in zip(("imagesTr", "labelsTr"), draw_case(kind, i, seed, shape), strict=True):

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['INTENSITY_RULES', 'spacing_of', 'same_grid', 'open_volume', 'load_volume', 'smallest_type', 'load_label',
            'to_canonical', 'regrid', 'resample', 'resample_to_shape', 'back_to_grid', 'window', 'zscore',
-           'percentile_scale', 'normalize', 'save_volume', 'names_file', 'class_names', 'split_channels']
+           'clipped_zscore', 'percentile_scale', 'normalize', 'save_volume', 'names_file', 'class_names',
+           'split_channels']
 
 # %% ../../nbs/data/00_volumes.ipynb #c002
 import json
@@ -252,6 +253,13 @@ def zscore(
     mean, sd = chosen.mean(dtype=np.float64), chosen.std(dtype=np.float64)
     return ((x - mean) / sd).astype(np.float32) if sd > 1e-6 * max(abs(mean), 1e-30) else np.zeros_like(x)
 
+def clipped_zscore(
+    x,             # array of any unit
+    top:float=2.0, # percent of the voxels, the brightest, that are cut down to one value, in [0, 100)
+) -> np.ndarray:   # float32
+    "Clip the top of the histogram, then `zscore`: the preparation of LSSC; a constant image becomes 0."
+    return zscore(np.minimum(x, np.percentile(x, 100 - top)))
+
 def percentile_scale(
     x,                # array of any unit
     low:float=0.5,    # percentile that becomes 0
@@ -270,7 +278,7 @@ def _unchanged(x):
     "Intensities as they are."
     return np.asarray(x, np.float32)
 
-INTENSITY_RULES = {"ct": _ct_window, "zscore": zscore, "percentile": percentile_scale, "none": _unchanged}
+INTENSITY_RULES = {"ct": _ct_window, "zscore": zscore, "clipped-zscore": clipped_zscore, "percentile": percentile_scale, "none": _unchanged}
 
 def normalize(
     x,         # array of intensities
