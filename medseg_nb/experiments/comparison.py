@@ -334,7 +334,7 @@ def run_records(
         folder = run_folder(out, v, seed)
         history = pd.read_csv(folder/"metrics.csv")
         rows.append({"model": v.label, "seed": seed, "epochs": len(history), "steps": int(history["step"].iloc[-1]),
-                     "seconds": round(seconds_spent(folder/"seconds.json"), 1), "best validation DSC": history["val_dice"].max()})
+                     "seconds": round(seconds_spent(folder/"seconds.json"), 3), "best validation DSC": history["val_dice"].max()})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c024
