@@ -19,6 +19,7 @@ from ..blocks.vector_quantization import VectorQuantizer
 from ..core import CheckpointError, MedsegError, ShapeError, write_atomically
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, ResidualEncoder, TimmEncoder, UNetDecoder
 from .l2gnet import L2GBottleneck
+from .lssc import LSSC2D, LSSC3D
 from .nnformer import NNFORMER_SIZES, NNFormer
 from .peers import (ASPP, AttentionDecoder, CascadedUpsampler, DeepLabDecoder, HybridEncoder, TransVQBottleneck,
                                     ViTBottleneck, VQBottleneck)
@@ -98,13 +99,15 @@ _MODELS = {
     "l2gnet-4ref": Parts(L2GBottleneck, both=dict(heads=4), paper=dict(codebook_size=512), teach=dict(anchors=64)),
     "swin-unet": Whole(SwinUNet, (2,), **_SWIN),
     "nnformer": Whole(NNFormer, (3,), **_NNFORMER),
+    "lssc-2d": Whole(LSSC2D, (2,), **_SWIN),
+    "lssc-3d": Whole(LSSC3D, (3,), **_NNFORMER),
 }
 _SIZES = {
     "paper": dict(encoder="resnet50", stride=16, dim=512, codebook_size=1024),
     "teach": dict(encoder="residual", widths=(32, 64, 128), first_stride=2, dim=128, codebook_size=256, decoder_blocks=1),
 }
 _ENCODERS = {"residual": ResidualEncoder, "r50-hybrid": HybridEncoder}   # any other name is timm's
-_HANDED_ON = {"quantizer": VectorQuantizer}                              # who takes the settings a part collects with **
+_HANDED_ON = {"quantizer": VectorQuantizer}                              # who takes the settings a part collects with **; or the part says
 _FRAME = {"name", "in_channels", "spatial_dims", "pretrained", "encoder", "channels", "channels_in", "classes", "norm"}   # not settings: build_model knows them
 
 def list_models() -> list[str]:
@@ -142,7 +145,7 @@ def _options(part, prefix=""):
     "The settings a part takes and their defaults, those it hands on included."
     found = {}
     for name, parameter in inspect.signature(part).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD: found = {**_options(_HANDED_ON[name], prefix), **found}
+        if parameter.kind is parameter.VAR_KEYWORD: found = {**_options(_HANDED_ON.get(name) or getattr(part, name), prefix), **found}
         elif name not in _FRAME: found[prefix + name] = parameter.default
     return found
 
@@ -210,7 +213,8 @@ def count_macs(
 ) -> int:
     "Multiply-accumulate operations of one forward pass: half of what PyTorch's flop counter says."
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter: model(torch.zeros(shape, device=next(model.parameters()).device))
+    asked = model.modalities[:1] if hasattr(model, "modalities") else ()      # a network of several modalities: its first
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter: model(torch.zeros(shape, device=next(model.parameters()).device), *asked)
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/models/08_zoo.ipynb #c014
