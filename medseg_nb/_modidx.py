@@ -1179,8 +1179,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'medseg_nb/models/lssc.py'),
                                        'medseg_nb.models.lssc.ImageEmbedding.__init__': ( 'models/lssc.html#imageembedding.__init__',
                                                                                           'medseg_nb/models/lssc.py'),
-                                       'medseg_nb.models.lssc.ImageEmbedding.fold': ( 'models/lssc.html#imageembedding.fold',
-                                                                                      'medseg_nb/models/lssc.py'),
                                        'medseg_nb.models.lssc.ImageEmbedding.forward': ( 'models/lssc.html#imageembedding.forward',
                                                                                          'medseg_nb/models/lssc.py'),
                                        'medseg_nb.models.lssc.LSSC': ('models/lssc.html#lssc', 'medseg_nb/models/lssc.py'),

@@ -24,7 +24,8 @@ def small(name="synergynet-8s2h", **changes):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([(n, d) for n in list_models() for d in model_dims(n)]), st.integers(1, 4), st.integers(2, 6), st.lists(st.integers(5, 33), min_size=3, max_size=3))
+@given(st.sampled_from([(n, d) for n in list_models() for d in model_dims(n)]), st.integers(1, 4), st.integers(2, 6),
+       st.lists(st.integers(5, 33), min_size=3, max_size=3))
 def test_any_size_any_channels(model, channels, classes, sides):
     name, dims = model
     x = torch.randn(1, channels, *sides[:dims])

@@ -41,13 +41,12 @@ SETTINGS = {
 
 # %% ../../nbs/models/06_lssc.ipynb #c008
 class ImageEmbedding(nn.Sequential):
-    "1x1 convolutions that keep size and channels (LSSC, Sec. 3.1), without activation, the identity at the start."
+    "Two 1x1 convolutions that keep size and channels (LSSC, Sec. 3.1), without activation, the identity at the start."
     def __init__(self,
         channels:int,  # of the image
         dims:int,      # 2 or 3 spatial dimensions
-        layers:int=2,  # 2 in the paper; 1 once folded
     ):
-        super().__init__(*(conv_layer(dims)(channels, channels, 1) for _ in range(layers)))
+        super().__init__(*(conv_layer(dims)(channels, channels, 1) for _ in range(2)))
         for conv in self: nn.init.dirac_(conv.weight); nn.init.zeros_(conv.bias)
     def forward(self, x:Tensor) -> Tensor:
         weight = self[0].weight
@@ -55,14 +54,6 @@ class ImageEmbedding(nn.Sequential):
             raise ShapeError("image does not fit the model", found=tuple(x.shape), expected=f"(B,{weight.shape[1]}, and {weight.dim()-2} sides), none empty",
                              fix="slices have 2 sides, volumes 3; build the model with the in_channels of your images")
         return super().forward(x)
-    @torch.no_grad()
-    def fold(self,
-        target:nn.Conv2d|nn.Conv3d,  # 1x1 convolution that becomes the same map
-    ) -> None:
-        "All layers in one: W_2 (W_1 x + b_1) + b_2 = (W_2 W_1) x + (W_2 b_1 + b_2)."
-        weight, bias = self[0].weight.flatten(1), self[0].bias                   # (C,C), (C,)
-        for conv in list(self)[1:]: weight, bias = conv.weight.flatten(1) @ weight, conv.weight.flatten(1) @ bias + conv.bias
-        target.weight.copy_(weight.view_as(target.weight)); target.bias.copy_(bias)
 
 class SemanticPath(nn.Module):
     "What asks the decoder of one modality, coarse to fine: external attention (eq. 4 to 11) and the 1x1 convolutions of eq. 12. Training only."
@@ -117,7 +108,7 @@ class LSSC(nn.Module):
         joint, own = self.setting.joint, self.setting.own_encoders
         self.network = self.backbone(in_channels, classes, **backbone)
         dims = self.network.encoder.spatial_dims
-        self.embeddings = nn.ModuleList(ImageEmbedding(in_channels, dims, 1 if exported else 2) for _ in self.modalities if joint)
+        self.embeddings = nn.ModuleList(ImageEmbedding(in_channels, dims) for _ in self.modalities if joint)
         self.encoders = nn.ModuleList(self.backbone(in_channels, classes, **backbone).encoder for _ in self.modalities[1:] if own)
         if exported: self._add_fixed_scales()
         else: self._add_training_parts(classes, attention_heads)
@@ -165,14 +156,14 @@ class LSSC(nn.Module):
 
     @torch.no_grad()
     def export(self) -> "LSSC":
-        "The network of test time, in eval mode: same logits, no external attention, no class embeddings, scale vectors and embeddings folded."
+        "The network of test time, in eval mode: same logits, no external attention, no class embeddings, scale vectors as numbers."
         with torch.random.fork_rng(devices=[]): plain = type(self)(**self.arguments, exported=True)
         plain = plain.to(next(self.parameters()))
         plain.network.load_state_dict(self.network.state_dict())
+        plain.embeddings.load_state_dict(self.embeddings.state_dict())
         plain.encoders.load_state_dict(self.encoders.state_dict())
-        for k in range(len(self.modalities)):
-            if self.setting.joint: self.embeddings[k].fold(plain.embeddings[k][0])
-            for block, pair in zip(plain.scaling, self._scales(k), strict=True) if self.setting.scaling else (): block.phi[k] = torch.stack(pair)
+        for k in range(len(self.modalities) if self.setting.scaling else 0):
+            for block, pair in zip(plain.scaling, self._scales(k), strict=True): block.phi[k] = torch.stack(pair)
         if hasattr(self, "config"): plain.config = {**self.config, "exported": True}
         return plain.eval()
 
