@@ -36,12 +36,15 @@ def find_data(
 # %% ../nbs/99_cli.ipynb #c007
 def show_models(args) -> None:
     "medseg models: names, parameters, multiply-accumulates."
-    from medseg_nb.models.zoo import build_model, count_macs, count_parameters, list_models
-    print(f"{'model':20} {'size':6} {'M parameters':>13} {'GMAC at 224 x 224':>18}")
+    import torch
+    from medseg_nb.models.zoo import build_model, count_macs, count_parameters, list_models, model_window
+    print(f"{'model':20} {'size':6} {'M parameters':>13} {'GMAC':>8}  of one image of")
     for name in list_models():
         for size in ("teach", "paper"):
-            model = build_model(name, in_channels=1, classes=args.classes, size=size).eval()
-            print(f"{name:20} {size:6} {count_parameters(model)/1e6:13.2f} {count_macs(model, (1, 1, 224, 224))/1e9:18.1f}")
+            window = model_window(name, size)
+            with torch.device("meta" if len(window) == 3 else "cpu"): model = build_model(name, classes=args.classes, size=size).eval()
+            macs = count_macs(model, (1, 1, *window))                 # on meta nothing is computed
+            print(f"{name:20} {size:6} {count_parameters(model)/1e6:13.2f} {macs/1e9:8.1f}  {' x '.join(map(str, window))}")
 
 def run_phantom(args) -> None:
     "medseg phantom: write a collection of made-up cases."

@@ -26,7 +26,7 @@ from medseg_nb.explain.codes_and_attention import (
 from medseg_nb.explain.gradcam import METHODS, cam_score, grad_cam
 from medseg_nb.explain.report import command_of, rank_cases, score_run, shown_image, write_report
 from medseg_nb.explain.viewer import best_plane, cut, draw_slice, make_scene, view_volume
-from medseg_nb.models.zoo import build_model, list_models
+from medseg_nb.models.zoo import build_model, list_models, list_settings, model_dims
 from medseg_nb.training.supervised import Recipe, load_run, train
 
 
@@ -115,7 +115,7 @@ def test_the_map_lies_where_the_evidence_is(size):
 UNREAD = {"r50-vit": ("encoder:0",), "deeplabv3plus-r50": ("encoder:0",)}   # features that their decoders do not read as a skip
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", [n for n in list_models() if "encoder" in list_settings(n)])
 def test_every_model_has_maps_at_every_part_and_stays_as_it_was(name):
     set_seed(0)
     model = build_model(name, 1, 3, size="teach", widths=(8, 16, 16), dim=16, codebook_size=8)
@@ -130,6 +130,20 @@ def test_every_model_has_maps_at_every_part_and_stays_as_it_was(name):
         assert cam.shape == (36, 28) and 0 <= cam.min() and cam.max() <= 1 and np.isfinite(cam).all()
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+WHOLE = [n for n in list_models() if "encoder" not in list_settings(n)]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_of_another_shape_have_maps_too(name):
+    set_seed(0)
+    sides = (34, 40, 20)[:model_dims(name)[0]]
+    model = build_model(name, 1, 3, size="teach")
+    model = model.network if hasattr(model, "network") else model
+    for layer in ("encoder:0", "encoder", *(("decoder",) if len(sides) == 2 else ())):    # nnFormer's decoder keeps its channels last
+        cam = grad_cam(model, torch.randn(1, 1, *sides), 1, layer, mask=np.ones(sides))
+        assert cam.shape == sides and np.isfinite(cam).all()
 
 
 def test_three_dimensions_frozen_weights_and_bad_requests():

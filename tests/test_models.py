@@ -8,20 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg_nb.core import CheckpointError, MedsegError, ShapeError
-from medseg_nb.models import build_model, list_models, list_settings, load_model, save_model
+from medseg_nb.models import build_model, list_models, list_settings, load_model, model_dims, save_model
 
 SMALL = dict(widths=(4, 8, 8), dim=16, codebook_size=8, width=16, mlp=32, layers=2, grid=3, decoder_skip_width=4)
+OWN = {"swin-unet": dict(width=8, depths=(2, 1, 2), heads=(1, 2, 4), window=3),
+       "nnformer": dict(width=4, heads=(1, 2, 2, 4), windows=(2, 2, 3, 2), patch=(4, 4, 2))}
+OWN |= {f"lssc-{d}d": OWN[name] | dict(setting="backbone") for d, name in ((2, "swin-unet"), (3, "nnformer"))}   # tests/test_lssc.py has the others
+SIDES = {2: (24, 24), 3: (64, 64, 32)}   # two tokens a side at the bottom
 
 
 def small(name="synergynet-8s2h", **changes):
     "A network that fits in a blink, made small by those settings it takes."
     takes = list_settings(name, "teach")
-    return build_model(name, **{**{k: v for k, v in SMALL.items() if k in takes}, "size": "teach", **changes})
+    return build_model(name, **{**{k: v for k, v in SMALL.items() if k in takes}, **OWN.get(name, {}), "size": "teach", **changes})
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list_models()), st.integers(2, 3), st.integers(1, 4), st.integers(2, 6), st.lists(st.integers(5, 33), min_size=3, max_size=3))
-def test_any_size_any_channels(name, dims, channels, classes, sides):
+@given(st.sampled_from([(n, d) for n in list_models() for d in model_dims(n)]), st.integers(1, 4), st.integers(2, 6),
+       st.lists(st.integers(5, 33), min_size=3, max_size=3))
+def test_any_size_any_channels(model, channels, classes, sides):
+    name, dims = model
     x = torch.randn(1, channels, *sides[:dims])
     model = small(name, in_channels=channels, classes=classes, spatial_dims=dims)
     out = model(x, aux=True)
@@ -32,7 +38,7 @@ def test_any_size_any_channels(name, dims, channels, classes, sides):
 @pytest.mark.parametrize("name", list_models())
 def test_every_weight_learns(name):
     model = small(name, classes=3)
-    out = model(torch.randn(2, 1, 24, 24), aux=True)
+    out = model(torch.randn(2, 1, *SIDES[model_dims(name)[0]]), aux=True)
     (out.logits.square().mean() + sum(out.losses.values())).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent, silent
@@ -50,6 +56,15 @@ def test_the_six_encoders(encoder, stride):
     dict(dim=20), dict(codebook_size=0), dict(soft_heads=3), dict(hard_heads=5), dict(in_channels=0), dict(classes=1), dict(spatial_dims=4), dict(nonsense=1)])
 def test_numbers_that_do_not_fit(changes):
     with pytest.raises(ShapeError): small(**changes)
+
+
+def test_a_model_sees_its_own_kind_of_image():
+    for name, dims in (("nnformer", 2), ("swin-unet", 3), ("unet-r50", 4)):
+        with pytest.raises(ShapeError, match="--dims"): small(name, spatial_dims=dims)
+    with pytest.raises(ShapeError, match="timm"): build_model("unet-r50", spatial_dims=3)
+    with pytest.raises(ShapeError, match="its own encoder"): build_model("nnformer", encoder="resnet18")
+    with pytest.raises(ShapeError, match="wings"): small("swin-unet", wings=2)
+    assert small("nnformer").config["spatial_dims"] == 3
 
 
 def test_settings_of_another_model_are_refused():
@@ -90,9 +105,10 @@ def test_pretrained_without_a_network_is_an_error(monkeypatch):
     with pytest.raises(CheckpointError, match="pretrained=False"): build_model("unet-r50", pretrained=True)
 
 
-def test_saved_loaded_equal_and_no_pickle(tmp_path):
-    model = small(classes=3).eval(); save_model(model, tmp_path)
-    x = torch.randn(1, 1, 20, 20)
+@pytest.mark.parametrize("name", ("synergynet-8s2h", "swin-unet", "nnformer"))
+def test_saved_loaded_equal_and_no_pickle(tmp_path, name):
+    model = small(name, classes=3).eval(); save_model(model, tmp_path)
+    x = torch.randn(1, 1, *SIDES[model_dims(name)[0]])
     with torch.inference_mode(): assert torch.equal(model(x), load_model(tmp_path)(x))
     assert b"pickle" not in (tmp_path/"model.safetensors").read_bytes()[:4096] and not list(tmp_path.glob("*.pt"))
 

@@ -169,7 +169,7 @@ def test_modality_scales():
     assert (scaled - model(x)).abs().max() > 1e-3
     scaled.sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in scaling.parameters())
-    blocks = [b for stage in (*model.encoder, *model.decoder) for b in stage]
+    blocks = [b for stage in (*model.encoder.stages, *model.decoder) for b in stage]
     assert [b.norm1.normalized_shape[0] for b in blocks] == model.block_channels
     for block, (first, second) in zip(blocks, scaling(Q), strict=True):
         fold_scale(block.attention.out, first.detach()); fold_scale(block.mlp[-1], second.detach())

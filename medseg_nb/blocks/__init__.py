@@ -1,13 +1,13 @@
 "What each paper adds: vector quantization, DisConX, hard attention, optimal transport."
 from .channel_scaling import ChannelScaling, NetworkScaling, fold_scale, scale_channels
 from .disconx import DisConX
-from .external_attention import ExternalAttention, semantic_correlations
+from .external_attention import AuxiliaryHead, ExternalAttention, semantic_correlations
 from .hard_attention import HardAttention
 from .ot_embedding import L2GMapper, NystromFeatures, OTEmbedding
 from .sinkhorn import marginal_error, sinkhorn
 from .vector_quantization import Quantized, VectorQuantizer
 from .window_attention import WindowAttention, WindowBlock
 
-__all__ = ["ChannelScaling", "DisConX", "ExternalAttention", "HardAttention", "L2GMapper", "NetworkScaling", "NystromFeatures", "OTEmbedding",
+__all__ = ["AuxiliaryHead", "ChannelScaling", "DisConX", "ExternalAttention", "HardAttention", "L2GMapper", "NetworkScaling", "NystromFeatures", "OTEmbedding",
            "Quantized", "VectorQuantizer", "WindowAttention", "WindowBlock", "fold_scale", "marginal_error", "scale_channels",
            "semantic_correlations", "sinkhorn"]

@@ -1,5 +1,6 @@
 "What a network minimises."
 from .segmentation import BCEDice, CEDice
-from .semantic_consistency import AuxiliaryLoss, image_consistency, modality_consistency
+from .semantic_consistency import AuxiliaryLoss, auxiliary_loss, consistency_losses, image_consistency, modality_consistency, structured_losses
 
-__all__ = ["AuxiliaryLoss", "BCEDice", "CEDice", "image_consistency", "modality_consistency"]
+__all__ = ["AuxiliaryLoss", "BCEDice", "CEDice", "auxiliary_loss", "consistency_losses", "image_consistency", "modality_consistency",
+           "structured_losses"]

@@ -304,7 +304,7 @@ class SwinUNet(EncoderDecoder):
         _check_settings(in_channels, classes, width, depths, heads, patch, drop_path)
         if int(width*mlp_ratio) < 1: raise ShapeError("mlp_ratio does not fit", found=mlp_ratio, expected=f">= 1/{width}")
         widths = tuple(width * 2**i for i in range(len(depths)))
-        rates = [r.tolist() for r in torch.linspace(0, drop_path, sum(depths)).split(list(depths))]
+        rates = [r.tolist() for r in torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))]
         encoder = SwinEncoder(in_channels, widths, heads, rates, window, patch, mlp_ratio)
         super().__init__(encoder, IdentityBottleneck(widths[-1]), SwinDecoder(widths, heads, rates, classes, window, patch, mlp_ratio))
         self.stage_depths = (*depths, *depths[-2::-1])
@@ -315,11 +315,12 @@ class SwinUNet(EncoderDecoder):
         x:Tensor,         # (B,in_channels,H,W), any size
         aux:bool=False,   # also give the decoder's maps
         scales=None,      # a pair phi_1, phi_2 per block, as `NetworkScaling(..., model.block_channels, ...)` gives
+        encoder:nn.Module|None=None,  # another than its own, e.g. of one modality: Joint V1, LSSC
     ) -> "Tensor | SegOutput":  # logits (B,Z,H,W), or SegOutput; maps F_1 (B,4C,H/4P,W/4P), F_2, F_3 (B,C,H/P,W/P)
         size = self._check_image(x)
         scales, stages = self._by_stage(scales), len(self.encoder.stages)
         x = pad_to_multiple(x, self.encoder.strides[-1])
-        *features, z = self.encoder(x, scales[:stages])
+        *features, z = (encoder or self.encoder)(x, scales[:stages])
         logits, maps = self.decoder(self.bottleneck(z).z, [*features, z], scales[stages:])
         logits = logits[..., :size[0], :size[1]]
         return SegOutput(logits, {}, {f"F_{i+1}": self._crop(m, size, i) for i, m in enumerate(maps)}) if aux else logits
