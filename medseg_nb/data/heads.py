@@ -121,8 +121,8 @@ def _add_shell(scene, rng, skull) -> None:
 
 def _add_cerebrum(scene, rng, brain) -> None:
     "Folded cortex and white matter, the gap between the halves, deep grey matter on either side."
-    paint(scene, folded(rng, (0, 0, 4), brain, 0.07), "grey matter", 3, ["csf"])
-    paint(scene, folded(rng, (0, 0, 4), brain*0.89, 0.16), "white matter", 2, ["grey matter"])
+    paint(scene, folded(rng, (0, 0, 4), brain, 0.13, length=18), "grey matter", 3, ["csf"])
+    paint(scene, folded(rng, (0, 0, 4), brain*0.79, 0.4, length=18), "white matter", 2, ["grey matter"])
     for front in (1, -1):   # the gap is open before and behind the bridge of white matter
         paint(scene, ellipsoid((0, front*62, 14), (1.8, 34, 50), power=6), "csf", 0, ["grey matter", "white matter"])
     for side in (-1, 1):
