@@ -117,7 +117,7 @@ class LSSC(nn.Module):
         "Class embeddings, external attention, channel scaling: those the setting has."
         widths = self.network.encoder.channels[-2::-1]                           # 4C, 2C, C
         if self.setting.auxiliary:
-            self.class_embeddings = nn.Parameter(torch.randn(len(self.modalities), classes, widths[0]))
+            self.class_embeddings = nn.ParameterList(torch.randn(classes, widths[0]) for _ in self.modalities)   # Q_m
             self.paths = nn.ModuleList(SemanticPath(widths, classes, heads, self.setting.icr) for _ in self.modalities)
         if self.setting.scaling: self.scaling = NetworkScaling(widths[0], self.network.block_channels, classes)
 
