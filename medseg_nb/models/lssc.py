@@ -16,7 +16,7 @@ from .encoder_decoder import SegOutput, conv_layer
 from .nnformer import NNFormer
 from .swin_unet import SwinUNet
 
-# %% ../../nbs/models/06_lssc.ipynb #c005
+# %% ../../nbs/models/06_lssc.ipynb #c007
 class Setting(NamedTuple):
     "Which parts of LSSC a row of the paper's Tables 2 to 5 has."
     joint:bool = True           # several modalities in one network, each with its image embedding
@@ -39,7 +39,7 @@ SETTINGS = {
     "v3-icr": Setting(scaling=True, icr=True),
 }
 
-# %% ../../nbs/models/06_lssc.ipynb #c008
+# %% ../../nbs/models/06_lssc.ipynb #c010
 class ImageEmbedding(nn.Sequential):
     "Two 1x1 convolutions that keep size and channels (LSSC, Sec. 3.1), without activation, the identity at the start."
     def __init__(self,
@@ -88,7 +88,7 @@ class FixedScaling(nn.Module):
         self.register_buffer("phi", torch.ones(modalities, 2, channels))
     def forward(self, k:int) -> tuple: return tuple(self.phi[k])                 # phi_1 and phi_2, each (D,)
 
-# %% ../../nbs/models/06_lssc.ipynb #c011
+# %% ../../nbs/models/06_lssc.ipynb #c013
 class LSSC(nn.Module):
     "Several modalities in one Transformer, with training-only parts beside it: eq. 1 to 15, LSSC. Use `LSSC2D` or `LSSC3D`; raises `ShapeError`."
     backbone, defaults = SwinUNet, {}   # the class of the network inside, and settings of it that differ here
@@ -117,7 +117,7 @@ class LSSC(nn.Module):
         "Class embeddings, external attention, channel scaling: those the setting has."
         widths = self.network.encoder.channels[-2::-1]                           # 4C, 2C, C
         if self.setting.auxiliary:
-            self.class_embeddings = nn.Parameter(torch.randn(len(self.modalities), classes, widths[0]))
+            self.class_embeddings = nn.ParameterList(torch.randn(classes, widths[0]) for _ in self.modalities)   # Q_m
             self.paths = nn.ModuleList(SemanticPath(widths, classes, heads, self.setting.icr) for _ in self.modalities)
         if self.setting.scaling: self.scaling = NetworkScaling(widths[0], self.network.block_channels, classes)
 

@@ -214,7 +214,7 @@ def count_macs(
     "Multiply-accumulate operations of one forward pass: half of what PyTorch's flop counter says."
     from torch.utils.flop_counter import FlopCounterMode
     asked = model.modalities[:1] if hasattr(model, "modalities") else ()      # a network of several modalities: its first
-    with FlopCounterMode(display=False) as counter: model(torch.zeros(shape, device=next(model.parameters()).device), *asked)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(torch.zeros(shape, device=next(model.parameters()).device), *asked)
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/models/08_zoo.ipynb #c014
