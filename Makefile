@@ -22,7 +22,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python tests/check_drift.py
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing --cell-timeout 120
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing --cell-timeout 300
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lab: $(READY)

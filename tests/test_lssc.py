@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from medseg_nb.core import CheckpointError, MedsegError, ShapeError
 from medseg_nb.losses import consistency_losses, structured_losses
 from medseg_nb.models import build_model, load_model, save_model
-from medseg_nb.models.lssc import LSSC2D, LSSC3D, SETTINGS, ImageEmbedding
+from medseg_nb.models.lssc import LSSC2D, LSSC3D, SETTINGS, ImageEmbedding, OneModality
 from medseg_nb.models.nnformer import NNFormer
 from medseg_nb.models.swin_unet import SwinUNet
 from medseg_nb.models.zoo import count_macs, count_parameters
@@ -168,11 +168,31 @@ def test_exporting_changes_nothing():
 
 @pytest.mark.parametrize("changes, word", [
     (dict(setting="joint-v4"), "joint-v3"), (dict(modalities=("ct",)), "two or more"), (dict(modalities=()), "two or more"),
-    (dict(setting="baseline", modalities=("ct", "mr")), "one name"), (dict(modalities=("ct", "ct")), "different"), (dict(modalities="ct"), "list"),
+    (dict(setting="baseline", modalities=()), "no modality"), (dict(modalities=("ct", "ct")), "different"), (dict(modalities="ct"), "list"),
     (dict(modalities=("ct", "")), "list"), (dict(modalities=(1, 2)), "list"), (dict(classes=1), "classes"), (dict(attention_heads=3), "heads"),
     (dict(attention_heads=0), "heads")])
 def test_requests_that_do_not_fit(changes, word):
     with pytest.raises(ShapeError, match=word): LSSC2D(1, **{"classes": 3, **SWIN, **changes})
+
+
+@pytest.mark.parametrize("setting", ["backbone", "baseline"])
+def test_single_settings_are_a_network_a_modality(setting):
+    "Nothing one modality learns from moves the other's network; the first is what it would be alone."
+    both = small(setting=setting, modalities=("ct", "mr")).train()
+    x = torch.randn(1, 1, 16, 16)
+    both(x, "mr").sum().backward()
+    assert all(p.grad is None for p in both.network.parameters()) and all(p.grad is not None for p in both.others.parameters())
+    assert not torch.equal(both(x, "mr"), both(x, "ct"))
+    alone = small(setting=setting)
+    alone.network.load_state_dict(both.network.state_dict())
+    torch.testing.assert_close(alone(x), both.eval()(x, "ct"))
+
+
+def test_one_modality_is_a_plain_network():
+    model = small()
+    view, x = OneModality(model, "mr"), torch.randn(1, 1, 16, 16)
+    assert torch.equal(view(x), model(x, "mr")) and torch.equal(view(x, aux=True).logits, view(x))
+    with pytest.raises(ShapeError, match="pet"): OneModality(model, "pet")
 
 
 def test_images_and_names_that_do_not_fit():

@@ -7,6 +7,7 @@ __all__ = ['PREPARATIONS', 'rename_classes', 'common_classes', 'list_cases', 're
 # %% ../../nbs/data/05_modalities.ipynb #c002
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,6 +146,8 @@ def _named_folders(folders):
         if twice := [pair for i, pair in enumerate(pairs) if keys[i] in keys[:i]]:
             raise DatasetError(f"a {what} twice", file=twice[0][1], found=twice[0][0],
                                fix="give each modality one name and one folder; merge the cases of one modality first")
+    if odd := [name for name, _ in pairs if name and not re.fullmatch(r"[\w.+-]+", name)]:
+        raise DatasetError("a modality's name cannot be used", found=repr(odd[0]), expected='letters, digits, ".", "+", "-" or "_", as in "t1-flair"')
     if len(pairs) < 2 or not all(name for name, _ in pairs):
         raise DatasetError("a set of modalities needs two or more, each with a name", found=[name for name, _ in pairs],
                            expected='{"ct": folder, "mr": folder}', fix="use load_collection for a single one")
@@ -203,14 +206,15 @@ def _check_modalities(collections):
 def split_modalities(
     data,         # MultiModal
     rule="auto",  # as for `split_cases`, or "train": all train; or {modality: rule}, others "auto"
-    seed:int=0,   # of the random rule and of the few-shot draw
+    seed:int=0,   # of the random rule
     shots=None,   # {modality: number of training cases kept}
+    draw=None,    # seed of the few-shot draw; None: as `seed`
 ) -> dict:        # {modality: {"train": [Case], "validation": [Case], "test": [Case]}}
     "Each modality split by person, few-shot by case (LSSC, Sec. 4); raises `DatasetError` or what `split_cases` raises."
     rules, shots = rule if isinstance(rule, dict) else dict.fromkeys(data.modalities, rule), shots or {}
     for modality in (*rules, *shots): data[modality]   # an unknown name is said here
     parts = {m: _split_one(data[m], rules.get(m, "auto"), seed) for m in data.modalities}
-    for m, kept in shots.items(): parts[m]["train"] = few_shot(parts[m]["train"], kept, m, seed)
+    for m, kept in shots.items(): parts[m]["train"] = few_shot(parts[m]["train"], kept, m, seed if draw is None else draw)
     return parts
 
 def _split_one(collection, rule, seed):

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'seed_average', 'summarise_models', 'summary_cells', 'summary_caption', 'holm', 'paired_differences',
-           'signed_rank', 'paired_tests', 'Variant', 'as_variants', 'check_seeds', 'check_reference', 'build_variant',
-           'describe_comparison', 'check_comparison_folder', 'environment', 'count_seconds', 'seconds_spent',
-           'is_finished', 'run_folder', 'fit_one', 'fit_missing', 'run_records', 'peak_memory', 'timed_step',
-           'measure_costs', 'case_means', 'plot_boxes', 'plot_seeds', 'worst_pictures', 'worst_page', 'Published',
-           'beside', 'published_caption', 'Comparison', 'write_table', 'write_text', 'write_cells', 'write_figure',
-           'write_results', 'comparison_headline', 'comparison_tables', 'comparison_pictures',
+           'signed_rank', 'paired_tests', 'Variant', 'as_slug', 'as_variants', 'check_seeds', 'check_reference',
+           'build_variant', 'describe_comparison', 'check_comparison_folder', 'environment', 'count_seconds',
+           'seconds_spent', 'is_finished', 'run_folder', 'fit_one', 'fit_missing', 'run_records', 'peak_memory',
+           'timed_step', 'measure_costs', 'case_means', 'plot_boxes', 'plot_seeds', 'worst_pictures', 'worst_page',
+           'Published', 'beside', 'published_caption', 'Comparison', 'write_table', 'write_text', 'write_cells',
+           'write_figure', 'write_results', 'comparison_headline', 'comparison_tables', 'comparison_pictures',
            'write_comparison_report', 'known_costs', 'compare', 'publish']
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c002
@@ -159,7 +159,13 @@ class Variant:
     @property
     def slug(self) -> str:
         "The label as a folder name."
-        return re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-")
+        return as_slug(self.label)
+
+def as_slug(
+    label:str,  # of a table's row
+) -> str:
+    "A label as a folder name: letters, digits, dots and hyphens."
+    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
 
 def as_variants(
     models,  # names of list_models(), or Variants
@@ -276,7 +282,7 @@ def is_finished(
 
 def run_folder(
     out,             # of the comparison
-    variant:Variant,
+    variant,      # Variant, or anything with a slug
     seed:int,
 ) -> Path:
     "Where the run of a model with a seed lies."
@@ -697,10 +703,11 @@ SMALL = ("*.csv", "*.md", "*.tex", "*.png", "*.pdf", "comparison.json")
 def publish(
     out,      # folder of a finished comparison
     results,  # folder for the small files, e.g. results/peers_hippocampus
+    last:str="report.html",  # the file a finished comparison wrote last
 ) -> list:    # of Path
     "Copy tables, figures and facts, no weights; raises `DatasetError` where the comparison is not finished."
     out, results = Path(out), Path(results)
-    if not (out/"report.html").exists(): raise DatasetError("the comparison is not finished", file=out, fix="run medseg compare again")
+    if not (out/last).exists(): raise DatasetError("the comparison is not finished", file=out, fix="run medseg compare again")
     files = sorted(f for pattern in SMALL for f in out.glob(pattern))
     for file in files:
         with write_atomically(results/file.name) as half: shutil.copyfile(file, half)

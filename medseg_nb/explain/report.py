@@ -3,16 +3,17 @@
 # %% auto #0
 __all__ = ['STYLE', 'LINES', 'MARKS', 'COLUMNS', 'CONVENTIONS', 'TOO_GOOD', 'FLAGS', 'png_tag', 'svg_tag', 'new_figure',
            'make_page', 'section', 'tiles', 'definitions', 'html_table', 'picture', 'grid', 'square_window',
-           'choose_slice', 'draw_case', 'class_keys', 'reported_part', 'score_run', 'headline', 'what_was_trained',
-           'learning_curves', 'results_table', 'results', 'rank_cases', 'shown_image', 'best_and_worst',
-           'unseen_slices', 'code_usage_section', 'where_it_looked', 'command_of', 'how_to_reproduce', 'write_report']
+           'choose_slice', 'draw_case', 'class_keys', 'reported_part', 'score_run', 'score_modalities', 'headline',
+           'what_was_trained', 'learning_curves', 'results_table', 'results', 'rank_cases', 'shown_image',
+           'best_and_worst', 'unseen_slices', 'code_usage_section', 'where_it_looked', 'command_of', 'how_to_reproduce',
+           'write_report', 'modalities_headline', 'modality_sections', 'layer_with_evidence', 'write_modalities_report']
 
 # %% ../../nbs/explain/04_report.ipynb #c002
 import base64
 import io
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from .codes_and_attention import code_map, code_usage, perplexity
 from .gradcam import cam_score, grad_cam
 from .viewer import (as_volume, best_plane, best_slice, class_colour, cut, draw_labels, grey_limits,
                                       make_scene)
+from ..models.lssc import LSSC2D
+from ..training.multimodal import MultimodalRun, load_multimodal
 from ..training.supervised import Recipe, Run, load_run
 
 # %% ../../nbs/explain/04_report.ipynb #c007
@@ -273,15 +276,26 @@ def reported_part(
 def score_run(
     folder,      # the run's folder, or a Run
     cases=None,  # list of Case; None: the test cases
+    file:str="cases.csv",  # where in the folder the scores are kept
 ):               # DataFrame: case, class, DSC, IoU, SE, SP, ACC, HD95, ASSD
-    "Scores of a run's unseen cases, measured once and kept in cases.csv. Raises `CheckpointError` for a broken run."
+    "Scores of a run's unseen cases, measured once and kept in a file. Raises `CheckpointError` for a broken run."
     run = _as_run(folder)
     cases = run.cases(reported_part(run)) if cases is None else list(cases)
-    kept = _kept_scores(run.folder, [c.id for c in cases])
+    kept = _kept_scores(run.folder, [c.id for c in cases], file)
     if kept is not None: return kept
     frame = evaluate(run.model, run.collection, cases, run.preparation)
-    with write_atomically(run.folder/"cases.csv") as half: frame.to_csv(half, index=False)
+    with write_atomically(run.folder/file) as half: frame.to_csv(half, index=False)
     return frame
+
+def score_modalities(
+    folder,  # the run's folder, or a MultimodalRun
+):           # DataFrame: modality, case, class, DSC, IoU, SE, SP, ACC, HD95, ASSD
+    "Scores of the unseen cases of every modality that has some, kept in cases_<modality>.csv; raises as `score_run`."
+    run = folder if isinstance(folder, MultimodalRun) else load_multimodal(folder)
+    views = {m: run.view(m) for m in run.modalities}
+    frames = [score_run(view, file=f"cases_{m}.csv").assign(modality=m) for m, view in views.items() if view.split[reported_part(view)]]
+    table = pd.concat(frames, ignore_index=True)
+    return table[["modality", *table.columns.drop("modality")]]
 
 def _as_run(folder):
     run = folder if isinstance(folder, Run) else load_run(folder)
@@ -290,8 +304,8 @@ def _as_run(folder):
                            fix="put it back, or point MEDSEG_DATA at the folder that holds it")
     return run
 
-def _kept_scores(folder, ids):  # cases.csv, where it is newer than the weights and holds these cases
-    file, weights = folder/"cases.csv", folder/"model.safetensors"
+def _kept_scores(folder, ids, file):  # the scores, where they are newer than the weights and of these cases
+    file, weights = folder/file, folder/"model.safetensors"
     if not file.exists() or not weights.exists() or file.stat().st_mtime_ns <= weights.stat().st_mtime_ns: return None
     try: frame = pd.read_csv(file, dtype={"case": str, "class": str})
     except (ValueError, OSError): return None                           # half a file: measure again
@@ -534,12 +548,12 @@ def code_usage_section(
     return section("Codes", text, grid(charts, wide=True), grid(_code_figures(run, richest)))
 
 # %% ../../nbs/explain/04_report.ipynb #c033
-def _cam_figure(run, image, label, class_id, name):  # -> HTML
+def _cam_figure(run, image, label, class_id, name, layer):  # -> HTML
     from matplotlib import colormaps
     grey, truth, at = _grey(image, (label == class_id).astype(int))
     extent = (0, grey.shape[0], 0, grey.shape[1])
     try:
-        cam = grad_cam(run.model, image, class_id)                      # (*S)
+        cam = grad_cam(run.model, image, class_id, layer)               # (*S)
         inside, outside = cam_score(cam, label == class_id)
         note, heat = f"inside {inside:.2f}, outside {outside:.2f}", cam[at] if at else cam
     except MedsegError:
@@ -555,13 +569,15 @@ def _cam_figure(run, image, label, class_id, name):  # -> HTML
 def where_it_looked(
     run,     # a training Run
     slices,  # from unseen_slices
+    layer="bottleneck",  # as in grad_cam
 ) -> str:
     "The section with a Grad-CAM a class and its inside and outside scores."
     figures = []
     for c, name in run.collection.classes.items():
         image, label = max(slices, key=lambda s: (s[1] == c).sum())
-        if c and (label == c).any(): figures.append(_cam_figure(run, image, label, c, name))
-    text = ("Evidence for each class at the bottleneck (HiResCAM), on the unseen slice with most of the class; the line "
+        if c and (label == c).any(): figures.append(_cam_figure(run, image, label, c, name, layer))
+    where = f"at the {layer}" if "." not in layer else "in the network"
+    text = (f"Evidence for each class {where} (HiResCAM), on the unseen slice with most of the class; the line "
             "is the truth. The numbers are the mean evidence (0 to 1) inside and outside of it: the first should be larger.")
     return section("Where the model looked", text, grid(figures))
 
@@ -619,4 +635,50 @@ def write_report(
     subtitle = f"{organs} · trained on {len(run.split['train'])} cases, measured on {len(cases)} others"
     page = make_page(f"{name} on {run.collection.name}", subtitle, sections)
     with write_atomically(run.folder/"report.html") as half: half.write_text(page, encoding="utf-8")
+    return run.folder/"report.html"
+
+# %% ../../nbs/explain/04_report.ipynb #c038
+def modalities_headline(
+    run,     # a MultimodalRun
+    scores,  # from score_modalities
+) -> str:
+    "The numbers a reader wants first, a modality beside the other."
+    facts = {}
+    for m, frame in scores.groupby("modality", sort=False):
+        mean = summarise(frame.drop(columns="modality")).loc["mean"]
+        facts |= {f"{m}: mean Dice of the classes": f"{mean['DSC']:.3f}", f"{m}: mean ASSD": f"{mean['ASSD']:.1f} mm" if np.isfinite(mean["ASSD"]) else "not defined"}
+    plain = sum(p.numel() for p in run.model.export().parameters())/1e6
+    return tiles(facts | {"unseen cases": scores["case"].nunique(), "parameters, training / test time": f"{sum(p.numel() for p in run.model.parameters())/1e6:.2f} / {plain:.2f} M"})
+
+def modality_sections(
+    run,       # a MultimodalRun
+    modality,  # one with unseen cases
+    scores,    # from score_modalities
+) -> list:     # of HTML
+    "Results, pictures and evidence of one modality."
+    view, frame = run.view(modality), scores[scores["modality"] == modality].drop(columns="modality").reset_index(drop=True)
+    cases = view.cases(reported_part(view))
+    frame.attrs = {"convention": "medpy", "empty": "nan"}
+    parts = [results(view, frame), best_and_worst(view, frame), where_it_looked(view, unseen_slices(view, cases), layer_with_evidence(run.model))]
+    return [f'<h2 style="font-size:1.45rem">{escape(modality)}</h2>', *parts]
+
+def layer_with_evidence(
+    model,    # an LSSC network
+) -> str:     # a dotted name below OneModality
+    "The layer whose evidence is drawn: the first map of the decoder (slices), the first tokens (volumes), channels first in both."
+    return "network.network.decoder.levels.0" if isinstance(model, LSSC2D) else "network.network.encoder.embed"
+
+def write_modalities_report(
+    folder,   # a run's folder, or a MultimodalRun
+) -> Path:    # of report.html in the run's folder
+    "Write a self-contained report of a run of several modalities. Raises `DatasetError` or `CheckpointError` where it is not whole."
+    run = folder if isinstance(folder, MultimodalRun) else load_multimodal(folder)
+    scores = score_modalities(run)
+    first, seen = run.view(run.modalities[0]), list(dict.fromkeys(scores["modality"]))
+    whole = replace(first, history=run.history, split={f"{part} {m}": ids for m, parts in run.split.items() for part, ids in parts.items()})
+    sections = [modalities_headline(run, scores), what_was_trained(whole), learning_curves(whole)]
+    for m in seen: sections += modality_sections(run, m, scores)
+    title = f"{run.model.config['name'] if hasattr(run.model, 'config') else type(run.model).__name__} ({run.model.arguments['setting']}) on {' and '.join(run.modalities)}"
+    subtitle = f"{', '.join(n for c, n in run.data.classes.items() if c)} · one network, images of different people"
+    with write_atomically(run.folder/"report.html") as half: half.write_text(make_page(title, subtitle, sections), encoding="utf-8")
     return run.folder/"report.html"

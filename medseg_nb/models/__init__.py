@@ -1,7 +1,7 @@
 "Networks: encoder, a bottleneck in the slot, decoder."
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, Slot
 from .l2gnet import L2GBottleneck
-from .lssc import LSSC2D, LSSC3D, SETTINGS
+from .lssc import LSSC2D, LSSC3D, OneModality, SETTINGS
 from .nnformer import NNFormer
 from .peers import ASPP, AttentionDecoder, AttentionGate, CascadedUpsampler, DeepLabDecoder, TransVQBottleneck, VQBottleneck, ViTBottleneck
 from .swin_unet import SwinUNet
@@ -9,5 +9,5 @@ from .synergynet import SynergyBottleneck
 from .zoo import build_model, list_models, list_settings, load_model, model_dims, save_model
 
 __all__ = ["ASPP", "AttentionDecoder", "AttentionGate", "CascadedUpsampler", "DeepLabDecoder", "EncoderDecoder", "IdentityBottleneck",
-           "L2GBottleneck", "LSSC2D", "LSSC3D", "NNFormer", "SETTINGS", "SegOutput", "Slot", "SwinUNet", "SynergyBottleneck", "TransVQBottleneck", "VQBottleneck", "ViTBottleneck",
+           "L2GBottleneck", "LSSC2D", "LSSC3D", "NNFormer", "OneModality", "SETTINGS", "SegOutput", "Slot", "SwinUNet", "SynergyBottleneck", "TransVQBottleneck", "VQBottleneck", "ViTBottleneck",
            "build_model", "list_models", "list_settings", "load_model", "model_dims", "save_model"]

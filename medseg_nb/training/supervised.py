@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['suggest_frame', 'Recipe', 'stream', 'batch_plan', 'poly_rate', 'make_loss', 'make_optimiser', 'RunningAverage',
            'write_tensors', 'read_tensors', 'optimiser_tensors', 'fill_optimiser', 'Run', 'TrainingData',
-           'dice_of_case', 'deepest_side', 'autocast_type', 'Session', 'Meter', 'make_augment', 'describe_run',
-           'check_same_run', 'check_folder', 'epochs_within', 'start_run', 'write_records', 'fit_to_end',
-           'make_accelerator', 'new_session', 'train', 'load_run']
+           'dice_of_case', 'deepest_side', 'autocast_type', 'check_classes', 'Session', 'Meter', 'make_augment',
+           'describe_run', 'check_same_run', 'check_folder', 'epochs_within', 'start_run', 'write_records',
+           'fit_to_end', 'carry_out', 'make_accelerator', 'new_session', 'readers', 'train', 'load_run']
 
 # %% ../../nbs/training/00_supervised.ipynb #c002
 import copy
@@ -33,7 +33,7 @@ from ..core import (CheckpointError, DatasetError, MedsegError, ShapeError, prog
 from ..data.collections import Collection, load_collection, split_cases
 from ..data.volumes import spacing_of
 from ..data.slices import Augment, PatchDataset, Preparation, SliceDataset, epoch_order, prepare_cases, slice_axis
-from ..models.zoo import build_model, load_model, load_weights, read_config
+from ..models.zoo import build_model, load_model, load_weights, read_config, takes_modalities
 from ..losses.segmentation import BCEDice, CEDice, check_label_range
 from ..evaluation.inference import predict_probabilities
 
@@ -52,9 +52,9 @@ _RULES = dict(
     epochs=_count, batch_size=_count, per_case=_count, validate_every=_count, seed=_whole, dims=_one_of(2, 3),
     lr=_positive, momentum=_share, weight_decay=_not_negative, power=_not_negative, aux_weight=_not_negative,
     rotate=_not_negative, scale=_share, gain=_share, noise=_not_negative, foreground=_share,
-    optimiser=_one_of("sgd", "adamw"), loss=_one_of("bce-dice", "ce-dice"), size=_one_of("paper", "teach"),
+    optimiser=_one_of("sgd", "adam", "adamw"), loss=_one_of("bce-dice", "ce-dice"), size=_one_of("paper", "teach"),
     precision=_one_of("auto", "fp32", "bf16", "fp16"), ema=_none_or(_open_share), validation_cases=_none_or(_count),
-    clip=_none_or(_positive), minutes=_none_or(_positive), crop=_none_or(_count),
+    clip=_none_or(_positive), minutes=_none_or(_positive), crop=_none_or(_count), crop_volume=_none_or(_count),
 )
 
 def suggest_frame(
@@ -81,7 +81,7 @@ class Recipe:
     "How a model is fitted: all that decides the result besides model and data; raises `MedsegError`, `ShapeError`."
     epochs:int=15                  # passes over the training cases, >= 1
     batch_size:int=8               # slices or windows per step and process, >= 1
-    optimiser:str="adamw"          # "adamw" or "sgd"
+    optimiser:str="adamw"          # "adamw", "adam" (weight decay joins the gradient) or "sgd"
     lr:float=1e-3                  # learning rate of the first step, > 0
     momentum:float=0.9             # of sgd
     weight_decay:float=1e-4        # >= 0
@@ -99,12 +99,13 @@ class Recipe:
     neighbours:int=0               # slices on either side that join as channels
     crop:int|None=None             # side of the training slices in pixels; None: as large as the largest
     patch:tuple|None=None          # training window in voxels, for dims=3; None: 48 x 48 x 24
+    crop_volume:int|None=None      # volumes are cut to the middle crop_volume x crop_volume pixels of their slices; None: not cut
     inplane:int|None=None          # slices are resized to inplane x inplane; None keeps them
     spacing:tuple|None=None        # mm to resample to; None keeps what is there
     intensity:str="zscore"         # a name of INTENSITY_RULES
     per_case:int=4                 # windows per case and epoch, for dims=3
     foreground:float=0.5           # share of windows around an organ, for dims=3
-    split:str="auto"               # rule of split_cases
+    split:str|dict="auto"          # rule of split_cases; of several modalities, {modality: rule}
     size:str="teach"               # "teach" or "paper" size of the model
     pretrained:bool=False          # ImageNet weights where the encoder has them
     precision:str="auto"           # "auto": bf16 where the device has it, else fp16 (GPU), fp32 (CPU)
@@ -165,7 +166,7 @@ class Recipe:
     def preparation(self) -> Preparation:
         "What is done to a volume before the model sees it."
         patch = (self.patch or (48, 48, 24)) if self.dims == 3 else None
-        return Preparation(self.intensity, self.spacing, self.inplane, self.dims, self.neighbours, patch)
+        return Preparation(self.intensity, self.spacing, self.inplane, self.dims, self.neighbours, patch, self.crop_volume)
 
 # %% ../../nbs/training/00_supervised.ipynb #c011
 def stream(
@@ -211,8 +212,8 @@ def make_optimiser(
 ) -> torch.optim.Optimizer:
     "The optimiser a recipe names."
     shared = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
-    if recipe.optimiser == "adamw": return torch.optim.AdamW(parameters, **shared)
-    return torch.optim.SGD(parameters, momentum=recipe.momentum, **shared)
+    if recipe.optimiser == "sgd": return torch.optim.SGD(parameters, momentum=recipe.momentum, **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimiser](parameters, **shared)
 
 class RunningAverage:
     "A copy of a model whose weights trail behind: average <- d average + (1-d) weights, d smaller in the first steps."
@@ -290,6 +291,10 @@ class Run:
     def preparation(self) -> Preparation:
         "What was done to a volume before the model saw it."
         return self.recipe.preparation()
+    @property
+    def classes(self) -> dict:
+        "{id: name}, background included, as config.json has them."
+        return {int(i): name for i, name in read_config(self.folder)["classes"].items()}
     def cases(self,
         part:str="test",  # "train", "validation" or "test"
     ) -> list:            # of Case
@@ -302,8 +307,9 @@ class TrainingData:
         collection:Collection,
         recipe:Recipe,
         cache=None,             # where prepared volumes are kept; None: MEDSEG_CACHE, or ~/.cache/medseg_nb
+        parts:dict|None=None,   # {"train": [Case], "validation": [Case], "test": [Case]}; None: as recipe.split says
     ):
-        parts, preparation = split_cases(collection, recipe.split), recipe.preparation()
+        parts, preparation = parts or split_cases(collection, recipe.split), recipe.preparation()
         self.split = {part: [c.id for c in cases] for part, cases in parts.items()}
         self.names = {int(i): name for i, name in collection.classes.items()}
         self.classes, self.preparation = max(self.names) + 1, preparation
@@ -311,9 +317,10 @@ class TrainingData:
         if recipe.dims == 2: self.samples = SliceDataset(collection, parts["train"], preparation, recipe.crop, cache)
         else: self.samples = PatchDataset(collection, parts["train"], preparation, per_case=recipe.per_case,
                                           foreground=recipe.foreground, seed=recipe.seed, cache=cache)
+        self.window = self.samples.patch if recipe.dims == 3 else (self.samples.size,)*2
         judges, wanted = parts["validation"], recipe.validation_cases or len(parts["validation"])
         judges = [judges[int(i)] for i in np.linspace(0, len(judges)-1, min(wanted, len(judges)))]
-        self.validation = prepare_cases(collection, judges, preparation, cache)
+        self.validation = prepare_cases(collection, judges, preparation, cache) if judges else []
 
 def dice_of_case(
     model:nn.Module,          # in eval mode
@@ -350,6 +357,15 @@ def autocast_type(
     if precision == "auto": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
+def check_classes(
+    logits:Tensor,  # (B,Z,*S)
+    classes:int,    # of the collection, background included
+) -> None:
+    "Raise a `ShapeError` where the model has another number of outputs."
+    if logits.shape[1] != classes:
+        raise ShapeError("the model's classes are not the collection's", found=logits.shape[1],
+                         expected=classes, fix="build it with one output per class, background included")
+
 class Session:
     "One run while it lasts: model, optimiser, data, and how far it has come."
     def __init__(self,
@@ -369,8 +385,7 @@ class Session:
         self.model = accelerator.prepare_model(self.bare)
         self.optimiser = make_optimiser(self.bare.parameters(), recipe)
         self.criterion, self.augment = make_loss(recipe, check_labels=False), make_augment(recipe)
-        window = data.samples.patch if recipe.dims == 3 else (data.samples.size,)
-        self.type = autocast_type(recipe.precision, accelerator.device, deepest_side(model, window))
+        self.type = autocast_type(recipe.precision, accelerator.device, deepest_side(model, data.window))
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.type == torch.float16)
         self.has_aux = "aux" in inspect.signature(model.forward).parameters
         self.epoch, self.epochs, self.best, self.history = 0, recipe.epochs, -1.0, []
@@ -390,31 +405,39 @@ class Session:
 
     def batches(self) -> DataLoader:
         "This process's batches of the current epoch, in an order that depends only on seed and epoch."
-        recipe = self.recipe
-        if hasattr(self.data.samples, "set_epoch"): self.data.samples.set_epoch(self.epoch)
-        plan = batch_plan(len(self.data.samples), recipe.batch_size, recipe.seed, self.epoch, *self.rank)
-        return DataLoader(self.data.samples, batch_sampler=plan, num_workers=self.workers, generator=torch.Generator(),
+        plan = batch_plan(len(self.data.samples), self.recipe.batch_size, self.recipe.seed, self.epoch, *self.rank)
+        return self.reader(self.data.samples, plan)
+
+    def reader(self, samples, plan:list) -> DataLoader:
+        "Batches of samples of the current epoch, as planned."
+        if hasattr(samples, "set_epoch"): samples.set_epoch(self.epoch)
+        return DataLoader(samples, batch_sampler=plan, num_workers=self.workers, generator=torch.Generator(),
                           pin_memory=self.accelerator.device.type == "cuda")
+
+    def run_model(self, x):
+        "What the model gives, in the number format of the run."
+        with torch.autocast(self.accelerator.device.type, self.type) if self.type else nullcontext():
+            return self.model(x, aux=True) if self.has_aux else self.model(x)
 
     def losses(self, x, y) -> dict:  # name -> ()
         "The parts of L_seg, the model's own losses, 'total' = L_seg + aux_weight * L_quant, and the use of codes."
-        with torch.autocast(x.device.type, self.type) if self.type else nullcontext():
-            out = self.model(x, aux=True) if self.has_aux else self.model(x)
+        out = self.run_model(x)
         logits, own, maps = out if self.has_aux else (out, {}, {})
-        if logits.shape[1] != self.data.classes:
-            raise ShapeError("the model's classes are not the collection's", found=logits.shape[1],
-                             expected=self.data.classes, fix="build it with one output per class, background included")
+        check_classes(logits, self.data.classes)
         parts = self.criterion.parts(logits, y)
         total = sum(parts.values()) + self.recipe.aux_weight * sum(own.values())
         return {**parts, **own, "total": total, **{k: maps[k] for k in ("perplexity", "usage") if k in maps}}
 
+    def ready(self, x, y, generator) -> tuple:
+        "A batch on the device, augmented."
+        check_label_range(y, self.data.classes)
+        device = self.accelerator.device
+        return self.augment(x.to(device, non_blocking=True), y.to(device, non_blocking=True), generator)
+
     def step(self, x, y, number:int) -> dict:
         "One update of the weights; the losses, detached."
-        device, generator = self.accelerator.device, torch.Generator(self.accelerator.device)
-        check_label_range(y, self.data.classes)
-        generator.manual_seed(stream(self.recipe.seed, 1, number, self.rank[0]))
-        x, y = self.augment(x.to(device, non_blocking=True), y.to(device, non_blocking=True), generator)
-        losses = self.losses(x, y)
+        generator = torch.Generator(self.accelerator.device).manual_seed(stream(self.recipe.seed, 1, number, self.rank[0]))
+        losses = self.losses(*self.ready(x, y, generator))
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(losses["total"]).backward()
         self.scaler.unscale_(self.optimiser)
@@ -439,17 +462,21 @@ class Session:
         return dict(zip(sums, means, strict=True))
 
     @torch.no_grad()
-    def validate(self) -> dict:
-        "Mean Dice over validation cases: over the classes, and per class; cases are shared among processes."
-        data, device = self.data, self.accelerator.device
+    def judge(self, model:nn.Module, data:TrainingData) -> dict:  # class -> Dice
+        "Mean Dice of each class over validation cases, which are shared among processes."
+        device = self.accelerator.device
         table = torch.zeros(len(data.validation), data.classes - 1, device=device)     # (cases, Z-1)
-        self.judged.eval()
+        model.eval()
         for i in range(self.rank[0], len(table), self.rank[1]):
-            table[i] = dice_of_case(self.judged, data.validation[i], data.preparation, data.classes, device)
+            table[i] = dice_of_case(model, data.validation[i], data.preparation, data.classes, device)
         per_class = self.accelerator.reduce(table, "sum").cpu().double().nanmean(0)    # (Z-1,)
         names = [data.names.get(c, str(c)) for c in range(1, data.classes)]
-        named = {f"val_dice_{name}": v for name, v in zip(names, per_class.tolist(), strict=True)}
-        return {"val_dice": per_class.nanmean().item(), **named}
+        return dict(zip(names, per_class.tolist(), strict=True))
+
+    def validate(self) -> dict:
+        "Mean Dice over the classes, and Dice per class."
+        dice = self.judge(self.judged, self.data)
+        return {"val_dice": torch.tensor([*dice.values()]).double().nanmean().item(), **{f"val_dice_{name}": v for name, v in dice.items()}}
 
     def advance(self, bar, folder:Path) -> None:
         "One epoch from start to files: fit, validate, note, save."
@@ -519,7 +546,7 @@ def make_augment(
 # %% ../../nbs/training/00_supervised.ipynb #c025
 def describe_run(
     model:nn.Module,
-    collection:Collection,
+    collection,           # whose channels they are: a Collection
     data:TrainingData,
     recipe:Recipe,
 ) -> dict:
@@ -583,7 +610,7 @@ def start_run(
     "Fix the number of epochs, and write the state before the first step."
     if session.recipe.minutes:
         copied = copy.deepcopy(session.bare)
-        trial = Session(copied, session.data, session.recipe, session.accelerator)
+        trial = type(session)(copied, session.data, session.recipe, session.accelerator)
         session.epochs = epochs_within(session.recipe.minutes, trial)
     if session.accelerator.is_main_process: session.save(folder)
 
@@ -607,6 +634,18 @@ def fit_to_end(
         bar.disable = bar.disable or not session.accelerator.is_main_process
         while session.epoch < session.epochs: session.advance(bar, folder)
 
+def carry_out(
+    session:Session,
+    folder:Path,
+) -> None:
+    "From the first step, or from the state in the folder, to the end; the session's model then has its best weights."
+    saved = (folder/"state.safetensors").exists()
+    session.accelerator.wait_for_everyone()
+    session.load(folder) if saved else start_run(session, folder)
+    if session.accelerator.is_main_process: write_records(session, folder)
+    fit_to_end(session, folder)
+    load_weights(session.bare, folder/"model.safetensors").eval()
+
 def make_accelerator(
     given=None,  # an accelerate.Accelerator of the caller's
 ):               # an accelerate.Accelerator
@@ -629,13 +668,24 @@ def new_session(
     cache=None,             # as in train
 ) -> Session:
     "Prepare the data, build the model, and put both into a session."
+    if isinstance(model, str) and takes_modalities(model):
+        raise MedsegError(f"{model} learns from several modalities", found="one collection", expected="a collection a modality",
+                          fix="call train_multimodal (medseg train with --data ct=DIR,mr=DIR)")
     with accelerator.main_process_first(): data = TrainingData(collection, recipe, cache)
     if isinstance(model, str):
         set_seed(recipe.seed)
         model = build_model(model, data.in_channels, data.classes, size=recipe.size, spatial_dims=recipe.dims,
                             pretrained=recipe.pretrained)
-    if workers is None: workers = 4 if accelerator.device.type == "cuda" else 0
-    return Session(model, data, recipe, accelerator, describe_run(model, collection, data, recipe), workers)
+    description = describe_run(model, collection, data, recipe)
+    return Session(model, data, recipe, accelerator, description, readers(workers, accelerator))
+
+def readers(
+    workers:int|None,  # as in train
+    accelerator,       # an accelerate.Accelerator
+) -> int:
+    "How many processes read samples ahead."
+    if workers is None: return 4 if accelerator.device.type == "cuda" else 0
+    return workers
 
 def train(
     model,                  # a name of list_models(), or a network with logits (B,Z,*S)
@@ -651,12 +701,7 @@ def train(
     folder, accelerator = Path(out), make_accelerator(accelerator)
     check_folder(folder, resume)
     session = new_session(model, collection, recipe, accelerator, workers, cache)
-    saved = (folder/"state.safetensors").exists()
-    accelerator.wait_for_everyone()
-    session.load(folder) if saved else start_run(session, folder)
-    if accelerator.is_main_process: write_records(session, folder)
-    fit_to_end(session, folder)
-    load_weights(session.bare, folder/"model.safetensors").eval()
+    carry_out(session, folder)
     return Run(folder, session.bare, pd.DataFrame(session.history), collection, recipe, session.data.split)
 
 def load_run(
