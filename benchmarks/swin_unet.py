@@ -13,7 +13,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from medseg_nb.models.swin_unet import SwinStage, SwinUNet
+from medseg_nb.blocks.window_attention import WindowStage
+from medseg_nb.models.swin_unet import SwinUNet
 from medseg_nb.models.zoo import count_macs, count_parameters
 
 PEER, TARGET = "timm resnet50 features", 2.46
@@ -31,9 +32,10 @@ def from_timm_blocks(side=224):
     sides = {width: side//stride for width, stride in zip(model.encoder.channels, model.encoder.strides, strict=True)}
     for parent in list(model.modules()):
         for name, stage in list(parent.named_children()):
-            if not isinstance(stage, SwinStage): continue
+            if not isinstance(stage, WindowStage): continue
             dim, heads = stage[0].norm1.normalized_shape[0], stage[0].attention.heads
-            peers = (SwinTransformerBlock(dim, (sides[dim],)*2, heads, window_size=7, shift_size=3*(i % 2), drop_path=b.drop_path) for i, b in enumerate(stage))
+            peers = (SwinTransformerBlock(dim, (sides[dim],)*2, heads, window_size=7, shift_size=b.attention.shift[0], drop_path=b.drop_path.rate)
+                     for b in stage)
             setattr(parent, name, Blocks(*peers))
     return model
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Slot', 'SegOutput', 'IdentityBottleneck', 'conv_layer', 'norm_layer', 'conv_block', 'ResidualUnit', 'FoldPixels',
-           'UnfoldPixels', 'ResidualEncoder', 'TimmEncoder', 'DecoderLevel', 'UNetDecoder', 'pad_to_multiple',
-           'EncoderDecoder']
+           'UnfoldPixels', 'ResidualEncoder', 'TimmEncoder', 'DecoderLevel', 'UNetDecoder', 'pad_to_multiple', 'cut_to',
+           'check_image', 'EncoderDecoder']
 
 # %% ../../nbs/models/00_encoder_decoder.ipynb #c002
 from typing import NamedTuple
@@ -214,6 +214,24 @@ def pad_to_multiple(
     if not any(extra): return x
     return F.pad(x, [v for e in extra for v in (0, e)], mode="replicate")
 
+def cut_to(
+    x:Tensor,   # (B,C,*S)
+    sides,      # at most S
+) -> Tensor:    # (B,C,*sides)
+    "Cut the far ends off."
+    return x[(..., *[slice(s) for s in sides])]
+
+def check_image(
+    x:Tensor,      # what was given
+    channels:int,  # image channels of the model
+    dims:int,      # its spatial dimensions
+) -> tuple:        # sides of the image
+    "Raise `ShapeError` unless x is (B,channels,*S), none of them 0."
+    if x.dim() != dims + 2 or x.shape[1] != channels or x.numel() == 0:
+        raise ShapeError("image does not fit the model", found=tuple(x.shape), expected=f"(B, {channels} channels, and {dims} sides), none empty",
+                         fix="slices have 2 sides, volumes 3; build the model with the in_channels of your images")
+    return tuple(x.shape[2:])
+
 class EncoderDecoder(nn.Module):
     "Encoder, a bottleneck in the slot, decoder with skips: the frame all our 2D and small 3D networks share."
     def __init__(self,
@@ -234,6 +252,5 @@ class EncoderDecoder(nn.Module):
         x = pad_to_multiple(x, self.encoder.strides[-1])
         features = self.encoder(x)
         slot = self.bottleneck(features[-1])
-        logits = self.decoder(slot.z, features, x.shape[2:])
-        logits = logits[(..., *[slice(s) for s in size])]
+        logits = cut_to(self.decoder(slot.z, features, x.shape[2:]), size)
         return SegOutput(logits, slot.losses, slot.maps) if aux else logits
