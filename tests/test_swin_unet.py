@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common import assert_same, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,18 +33,6 @@ def loop_attention(block, x):
         score = (q[:, i, j, None]*keys).sum(-1)/q.shape[-1]**0.5 + block.bias_table[rows]
         out[:, i, j] = (score.softmax(1)[..., None]*values).sum(1)
     return block.out(out.flatten(3))
-
-
-def gradients(f, x, params):
-    "Output and the gradients of the input and the parameters, for a fixed upstream gradient."
-    x = x.detach().clone().requires_grad_()
-    out = f(x)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out.detach(), *torch.autograd.grad(out, [x, *params], upstream)]
-
-
-def assert_same(a, b, tol):
-    for x, y in zip(a, b, strict=True): torch.testing.assert_close(x, y, rtol=tol, atol=tol)
 
 
 def timm_block(ours, size):
@@ -79,7 +68,7 @@ def test_attention_equals_a_loop_over_tokens(size, window, shift):
     block = WindowAttention(4, (window, window), 2, shift).double()
     torch.nn.init.normal_(block.bias_table)
     x = torch.randn(2, *size, 4, dtype=torch.double)
-    assert_same(gradients(block, x, block.parameters()), gradients(lambda z: loop_attention(block, z), x, block.parameters()), 1e-9)
+    assert_same(gradients(block, [x], block.parameters()), gradients(lambda z: loop_attention(block, z), [x], block.parameters()), 1e-9)
 
 
 @pytest.mark.parametrize("size", [(14, 21), (7, 7), (5, 4), (4, 14)])
@@ -91,10 +80,10 @@ def test_block_equals_timm(size, shift):
     peer = timm_block(ours, size)
     x = torch.randn(2, *size, 12, dtype=torch.double)
     weights = [[net.get_submodule(n).weight for n in names] for net, names in ((ours, OURS), (peer, TIMMS))]
-    assert_same(gradients(ours, x, weights[0]), gradients(peer, x, weights[1]), 1e-9)
+    assert_same(gradients(ours, [x], weights[0]), gradients(peer, [x], weights[1]), 1e-9)
     if min(size) >= 7:
         tables = ours.attention.bias_table, peer.attn.relative_position_bias_table
-        assert_same(*(gradients(net, x, [table]) for net, table in zip((ours, peer), tables, strict=True)), 1e-9)
+        assert_same(*(gradients(net, [x], [table]) for net, table in zip((ours, peer), tables, strict=True)), 1e-9)
 
 
 def test_relative_index_and_merging_equal_timm():
