@@ -4,20 +4,12 @@
     python benchmarks/attention.py --rounds 21 --threads 1 --cpu-time
 
 Rows work on queries, keys and values (B, heads, n, d) that are already projected, so that they differ in the
-attention alone; the last table compares whole modules. Times are medians of interleaved rounds (the order turns by
-one each round); compare the ratios, not the milliseconds. Memory is the most that tensors took at once during forward
-+ backward, beyond the inputs that were there before: on a CPU from the profiler's list of allocations, on a GPU from
-the allocator.
+attention alone; the last table compares whole modules. Compare the ratios, not the milliseconds.
 """
-import argparse
-import itertools
-import time
-from statistics import median
-
+import measure
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from medseg_nb.blocks.disconx import DisConX
 from medseg_nb.blocks.hard_attention import HardAttention, StraightThroughPick, find_winners
@@ -70,68 +62,15 @@ def modules(dim, heads):
             "HardAttention, estimator none": HardAttention(dim, heads, estimator="none")}
 
 
-def step(f, inputs, backward=True):
-    "One forward and, if asked, backward pass; returns the clock's reading in between."
-    out = f(*inputs)
-    if out.is_cuda: torch.cuda.synchronize()
-    between = CLOCK()
-    if backward: torch.autograd.grad(out.sum(), inputs, allow_unused=True)
-    if out.is_cuda: torch.cuda.synchronize()
-    return between
-
-
-def times(rows, inputs, rounds):
-    "Median milliseconds {name: (forward, forward + backward)}, interleaved."
-    names, seen = list(rows), {name: [] for name in rows}
-    for i in range(rounds + 1):                                       # the first round warms up
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            start = CLOCK()
-            between = step(rows[name], inputs[name])
-            if i: seen[name].append((between - start, CLOCK() - start))
-    return {name: [1e3*median(column) for column in zip(*pairs, strict=True)] for name, pairs in seen.items()}
-
-
-def peak(f, inputs):
-    "MiB of tensors alive at once during forward + backward, above what was there before."
-    if inputs[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(f, inputs)
-        return (torch.cuda.max_memory_allocated() - before)/2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: step(f, inputs)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))/2**20
-
-
-def table(title, rows, inputs, rounds, reference):
-    "Print one size: forward, forward + backward, its ratio to the reference row, memory, its ratio."
-    ms, mib = times(rows, inputs, rounds), {name: peak(f, inputs[name]) for name, f in rows.items()}
-    print(f"\n{title}\n{'':42s}{'fwd ms':>9s}{'fwd+bwd':>9s}{'ratio':>7s}{'peak MiB':>10s}{'ratio':>7s}")
-    for name in rows:
-        (forward, both), mem = ms[name], mib[name]
-        ratios = both/ms[reference][1], mem/mib[reference]
-        print(f"{name:42s}{forward:9.1f}{both:9.1f}{ratios[0]:7.2f}{mem:10.1f}{ratios[1]:7.2f}", flush=True)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine in use")
-    args = parser.parse_args()
-    global CLOCK
-    CLOCK = time.process_time if args.cpu_time else time.perf_counter
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    args = measure.arguments(__doc__, 9)
     for title, (b, n, d, h) in SIZES.items():
         qkv = [torch.randn(b, h, n, d//h, device=args.device, requires_grad=True) for _ in range(3)]
-        rounds = max(3, args.rounds//3) if n > 1000 else args.rounds
-        table(title, ATTENTION, dict.fromkeys(ATTENTION, qkv), rounds, DENSE)
+        rows = {name: measure.both_ways(f, qkv) for name, f in ATTENTION.items()}
+        measure.compare(title, rows, args, DENSE, max(3, args.rounds//3) if n > 1000 else args.rounds)
     maps = [torch.randn(8, 512, 14, 14, device=args.device, requires_grad=True) for _ in range(2)]
-    rows = {name: block.to(args.device) for name, block in modules(512, 8).items()}
-    inputs = {name: maps[:1] if "Hard" in name else maps for name in rows}
-    table("whole modules, B8 512 x 14 x 14, h8", rows, inputs, args.rounds, "nn.MultiheadAttention")
+    rows = {name: measure.both_ways(block.to(args.device), maps[:1] if "Hard" in name else maps) for name, block in modules(512, 8).items()}
+    measure.compare("whole modules, B8 512 x 14 x 14, h8", rows, args, "nn.MultiheadAttention")
 
 
 if __name__ == "__main__": main()

@@ -3,17 +3,10 @@
     python benchmarks/external_attention.py             # under a minute on 2 cores
     python benchmarks/external_attention.py --rounds 21 --threads 1 --cpu-time
 
-The printed form holds the Z x Z x N x n products B^ij and divides two sums. Times are medians of interleaved rounds (the order turns by one
-each round); compare the ratios, not the milliseconds. Memory is the most that tensors took at once beyond the inputs, from
-the profiler's list of allocations.
+The printed form holds the Z x Z x N x n products B^ij and divides two sums. Compare the ratios, not the milliseconds.
 """
-import argparse
-import itertools
-import time
-from statistics import median
-
+import measure
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from medseg_nb.blocks.external_attention import semantic_correlations
 
@@ -34,45 +27,17 @@ def as_printed(Q, A, W):
 ROWS = {"eq. 9 to 11 as printed": as_printed, "semantic_correlations": semantic_correlations}
 
 
-def step(f, inputs):
-    "One forward and backward pass."
-    torch.autograd.grad(f(*inputs).square().sum(), inputs)
-
-
-def times(inputs, rounds, clock):
-    "Median milliseconds of each row, interleaved."
-    names, seen = list(ROWS), {name: [] for name in ROWS}
-    for i in range(rounds + 1):                                  # the first round warms up
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            start = clock()
-            step(ROWS[name], inputs)
-            if i: seen[name].append(clock() - start)
-    return {name: 1e3*median(values) for name, values in seen.items()}
-
-
-def peak(f, inputs):
-    "MiB of tensors alive at once during forward + backward, above what was there before."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: step(f, inputs)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))/2**20
+def both_ways(f, inputs):
+    "A row: one forward and backward pass."
+    return lambda lap: torch.autograd.grad(f(*inputs).square().sum(), inputs)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine in use")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    args = measure.arguments(__doc__, 9)
     for title, (B, Z, N, width, shape) in SIZES.items():
-        inputs = [torch.randn(s, requires_grad=True) for s in ((B, Z, width), (B, Z, N, *shape), (Z, width, N))]
+        inputs = [torch.randn(s, device=args.device, requires_grad=True) for s in ((B, Z, width), (B, Z, N, *shape), (Z, width, N))]
         torch.testing.assert_close(as_printed(*inputs), semantic_correlations(*inputs), rtol=1e-2, atol=1e-3)
-        ms = times(inputs, args.rounds, time.process_time if args.cpu_time else time.perf_counter)
-        mib = {name: peak(f, inputs) for name, f in ROWS.items()}
-        first = next(iter(ROWS))
-        print(f"\n{title}\n{'':26s}{'fwd+bwd ms':>12s}{'ratio':>7s}{'peak MiB':>10s}{'ratio':>7s}")
-        for name in ROWS: print(f"{name:26s}{ms[name]:12.1f}{ms[name]/ms[first]:7.2f}{mib[name]:10.1f}{mib[name]/mib[first]:7.2f}", flush=True)
+        measure.compare(title, {name: both_ways(f, inputs) for name, f in ROWS.items()}, args, next(iter(ROWS)))
 
 
 if __name__ == "__main__": main()

@@ -3,10 +3,9 @@
     python benchmarks/metrics.py            # about a minute
     python benchmarks/metrics.py --rounds 9
 """
-import argparse
-import time
 import warnings
 
+import measure
 import numpy as np
 
 from medseg_nb.evaluation.metrics import evaluate_case
@@ -57,8 +56,8 @@ def distances(pred, truth, spacing, convention="medpy"):
     return evaluate_case(pred, truth, spacing, CLASSES, convention)[["HD95", "ASSD"]].to_numpy()
 
 
-def compare(shape, spacing, error, rounds):
-    "Median milliseconds per library, timed in turn, and the largest difference to medpy and MONAI."
+def compare(title, shape, spacing, error, args):
+    "Print the time of each library, timed in turn, and the largest difference to medpy and MONAI."
     pred, truth = organs(shape, error=error)
     hot = one_hot(pred), one_hot(truth)
     runs = {"evaluate_case": lambda: distances(pred, truth, spacing),
@@ -67,26 +66,15 @@ def compare(shape, spacing, error, rounds):
     first = {name: run() for name, run in runs.items()}
     apart = {"medpy": np.abs(first["evaluate_case"] - first["medpy"]).max(),
              "MONAI": np.abs(distances(pred, truth, spacing, "monai") - first["MONAI"]).max()}
-    spent = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            spent[name].append(1e3*(time.perf_counter() - start))
-    return {name: float(np.median(ms)) for name, ms in spent.items()}, apart
+    seconds = measure.in_turn({name: lambda lap, run=run: run() for name, run in runs.items()}, args.rounds, args.clock)
+    ms, ratio = measure.medians(seconds), measure.ratios(seconds, "evaluate_case")
+    measure.table(title, [("ms", ".1f"), ("ratio", ".1f"), ("largest difference (mm)", ".1e")],
+                  {name: (ms[name][-1], ratio[name], apart.get(name, "")) for name in runs})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    print(f"{'':18} {'library':14} {'ms':>8} {'ratio':>6}  largest difference (mm)")
-    for name, (shape, spacing, error) in CASES.items():
-        ms, apart = compare(shape, spacing, error, rounds)
-        for library, value in ms.items():
-            difference = f"{apart[library]:.1e}" if library in apart else ""
-            print(f"{name:18} {library:14} {value:8.1f} {value/ms['evaluate_case']:6.1f}  {difference}")
+    args = measure.arguments(__doc__, 5)
+    for title, (shape, spacing, error) in CASES.items(): compare(title, shape, spacing, error, args)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()

@@ -4,19 +4,13 @@
     python benchmarks/ot_embedding.py --rounds 3 --threads 1 --cpu-time
 
 Whole modules, forward + backward, gradients of the map and of every weight. The targets: with t fixed, time and peak
-memory of L2GMapper grow at most 1.15 times as fast as n from n = 784 to 16384. Times are medians of interleaved rounds;
-compare the ratios, not the milliseconds. Memory is the most that tensors took at once beyond what was there before.
+memory of L2GMapper grow at most 1.15 times as fast as n from n = 784 to 16384. Compare the ratios, not the milliseconds.
 Naive attention is left out above n = 4096, where its weights alone fill gigabytes. Fused attention never builds them:
 its memory is linear in n too, its time is not.
 """
-import argparse
-import os
-import time
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")   # the profiler is talkative otherwise
-
-import attention
+import measure
 import torch
+import torch.nn.functional as F
 from sinkhorn import POT, REFERENCE, VERSIONS
 
 from medseg_nb.blocks.disconx import DisConX, split_heads
@@ -31,16 +25,16 @@ def naive(block, z):
     return block.project(block.attention(z, z) @ split_heads(block.value(block.tokens(z)), block.heads), z)
 
 
-def scaling(rounds, device):
+def scaling(args):
     "{n: {row: (ms, MiB)}}, all rows of one n in turn."
-    mapper, block, found = L2GMapper(DIM, heads=HEADS).to(device), DisConX(DIM, HEADS).to(device), {}
+    mapper, block, found = L2GMapper(DIM, heads=HEADS).to(args.device), DisConX(DIM, HEADS).to(args.device), {}
     for side in SIDES:
-        z = torch.randn(1, DIM, side, side, device=device, requires_grad=True)
+        z = torch.randn(1, DIM, side, side, device=args.device, requires_grad=True)
         rows = {MAPPER: lambda z, *_: mapper(z), FUSED: lambda z, *_: block(z, z), NAIVE: lambda z, *_: naive(block, z)}
         if side**2 > 4096: del rows[NAIVE]
-        inputs = {name: [z, *(mapper if name == MAPPER else block).parameters()] for name in rows}
-        ms = attention.times(rows, inputs, rounds)
-        found[side**2] = {name: (ms[name][1], attention.peak(f, inputs[name])) for name, f in rows.items()}
+        rows = {name: measure.both_ways(f, [z, *(mapper if name == MAPPER else block).parameters()]) for name, f in rows.items()}
+        ms = measure.medians(measure.in_turn(rows, args.rounds, args.clock))
+        found[side**2] = {name: (ms[name][-1], measure.peak(row, args.device)) for name, row in rows.items()}
     return found
 
 
@@ -67,24 +61,18 @@ def around(solver, block):
     return run
 
 
-def embeddings(rounds, device):
+def embeddings(args):
     "OTEmbedding beside POT and the plain reference."
-    block, x = OTEmbedding(128, 64, 4).to(device), torch.nn.functional.normalize(torch.randn(8, 196, 128, device=device), dim=2).requires_grad_()
-    rows = {"OTEmbedding": lambda x, *_: block(x), POT: around(VERSIONS[POT], block), REFERENCE: around(VERSIONS[REFERENCE], block)}
-    attention.table("B8 n196 k128, t 64, q 4", rows, dict.fromkeys(rows, [x, *block.parameters()]), rounds, "OTEmbedding")
+    block, x = OTEmbedding(128, 64, 4).to(args.device), F.normalize(torch.randn(8, 196, 128, device=args.device), dim=2).requires_grad_()
+    solvers = {"OTEmbedding": lambda x, *_: block(x), POT: around(VERSIONS[POT], block), REFERENCE: around(VERSIONS[REFERENCE], block)}
+    rows = {name: measure.both_ways(f, [x, *block.parameters()]) for name, f in solvers.items()}
+    measure.compare("B8 n196 k128, t 64, q 4", rows, args, "OTEmbedding", 4*args.rounds)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine in use")
-    args = parser.parse_args()
-    attention.CLOCK = time.process_time if args.cpu_time else time.perf_counter
-    torch.manual_seed(0); torch.set_num_threads(args.threads)
-    embeddings(4*args.rounds, args.device)
-    print_scaling(scaling(args.rounds, args.device))
+    args = measure.arguments(__doc__, 5)
+    embeddings(args)
+    print_scaling(scaling(args))
 
 
 if __name__ == "__main__": main()

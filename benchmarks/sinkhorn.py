@@ -3,23 +3,15 @@
     python benchmarks/sinkhorn.py               # a minute on one core
     python benchmarks/sinkhorn.py --rounds 101 --threads 1 --cpu-time --size "B32 n196 t64, max cost / eps 1000"
 
-All rows start from the same cost matrices and take the same number of iterations, without a test of convergence. Times
-are medians of interleaved rounds (the order turns by one each round); compare the ratios, not the milliseconds. Memory
-is the most that tensors took at once during forward + backward, beyond the cost that was there before: on a CPU from
-the profiler's list of allocations, on a GPU from the allocator. The gradient's error is the norm of its difference to
-unrolled autograd in float64, over the norm of the latter.
+All rows start from the same cost matrices and take the same number of iterations, without a test of convergence. Compare
+the ratios, not the milliseconds. Memory is counted beyond the cost that was there before. The gradient's error is the norm of
+its difference to unrolled autograd in float64, over the norm of the latter.
 """
-import argparse
-import itertools
 import math
-import os
-import time
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")   # the profiler is talkative otherwise
-
+import measure
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from medseg_nb.blocks.sinkhorn import sinkhorn, sinkhorn_unrolled
 
@@ -62,38 +54,14 @@ def inputs(size, device):
     return (cost/cost.abs().max()).requires_grad_(), torch.randn(B, n, t, device=device)
 
 
-def step(f, cost, weight, eps, n_iters, clock):
-    "Forward, backward: seconds of the first, and of both."
-    wait = torch.cuda.synchronize if cost.is_cuda else lambda: None
-    wait(); start = clock()
-    plan = f(cost, eps, n_iters)
-    wait(); between = clock()
-    torch.autograd.grad(plan, cost, weight)
-    wait(); return between - start, clock() - start
-
-
-def times(size, args):
-    "Median milliseconds of each version, forward and forward + backward, timed in turn."
-    (cost, weight), names = inputs(size, args.device), list(VERSIONS)
-    record = {name: [] for name in names}
-    for r in range(args.rounds + 2):
-        for name in names[r % len(names):] + names[:r % len(names)]:
-            seconds = step(VERSIONS[name], cost, weight, size[3], args.iterations, args.clock)
-            if r > 1: record[name].append(seconds)   # the first rounds warm up
-    return {name: [1e3*sorted(x)[len(x)//2] for x in zip(*rows, strict=True)] for name, rows in record.items()}
-
-
-def peak(name, size, args):
-    "MiB of tensors alive at once during forward + backward, above what was there before."
+def both_ways(f, size, args):
+    "A row: forward, a lap, backward."
     cost, weight = inputs(size, args.device)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        step(VERSIONS[name], cost, weight, size[3], args.iterations, args.clock)
-        return (torch.cuda.max_memory_allocated() - before)/2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step(VERSIONS[name], cost, weight, size[3], args.iterations, args.clock)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))/2**20
+    def row(lap):
+        plan = f(cost, size[3], args.iterations)
+        lap()
+        torch.autograd.grad(plan, cost, weight)
+    return row
 
 
 def gradient_error(name, size, args):
@@ -106,32 +74,23 @@ def gradient_error(name, size, args):
     return float((grads[0] - grads[1]).norm()/grads[1].norm())
 
 
-def table(title, size, args):
+def compare(title, size, args):
     "Print one size."
-    ms = times(size, args)
-    mib, error = ({name: f(name, size, args) for name in VERSIONS} for f in (peak, gradient_error))
-    print(f"\n{title}\n{'':38s}{'forward ms':>11s}{'+ backward':>12s}{'ratio':>8s}{'peak MiB':>10s}{'gradient error':>16s}")
-    for name, (forward, both) in ms.items():
-        wrong = f"{error[name]:.1e}" if math.isfinite(error[name]) else "not finite"
-        print(f"{name:38s}{forward:11.2f}{both:12.2f}{both/ms[OURS][1]:8.2f}{mib[name]:10.1f}{wrong:>16s}")
-    print(f"POT's log form takes {ms[POT][1]/ms[OURS][1]:.1f} times as long as sinkhorn; "
-          f"log_domain=False {ms[OURS_PLAIN][1]/ms[REFERENCE][1]:.2f} times as long as the plain reference")
+    rows = {name: both_ways(f, size, args) for name, f in VERSIONS.items()}
+    seconds = measure.in_turn(rows, args.rounds, args.clock)
+    ms, ratio, lines = measure.medians(seconds), measure.ratios(seconds, OURS), {}
+    for name, row in rows.items():
+        error = gradient_error(name, size, args)
+        lines[name] = *ms[name], ratio[name], measure.peak(row, args.device), f"{error:.1e}" if math.isfinite(error) else "not finite"
+    measure.table(title, [("forward ms", ".2f"), ("+ backward", ".2f"), ("ratio", ".2f"), ("peak MiB", ".1f"), ("gradient error", "")], lines)
+    plain = measure.ratios(seconds, REFERENCE)[OURS_PLAIN]
+    print(f"POT's log form takes {ratio[POT]:.1f} times as long as sinkhorn; log_domain=False {plain:.2f} times as long as the plain reference")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
-                        help="count CPU time (busy machines, one thread)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", choices=list(SIZES), help="one size only")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"PyTorch {torch.__version__}, {args.threads} threads, {args.device}, {args.rounds} rounds, {args.iterations} iterations")
+    args = measure.arguments(__doc__, 21, iterations=dict(type=int, default=10), size=dict(choices=list(SIZES), help="one size only"))
     for title, size in SIZES.items():
-        if args.size in (None, title): table(title, size, args)
+        if args.size in (None, title): compare(title, size, args)
 
 
 if __name__ == "__main__": main()

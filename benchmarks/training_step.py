@@ -5,12 +5,9 @@
 
 The target: quantizer, DisConX and refinement together add at most 20% to the step of the same network with the identity in their place
 (pre- and post-quantization blocks kept); L2GNet's step is no slower than synergynet-8s2h's, and at least 1.8 times as fast as TransUNet's.
-The peer row is segmentation-models-pytorch's ResNet-50 UNet. Medians of interleaved rounds.
+The peer row is segmentation-models-pytorch's ResNet-50 UNet.
 """
-import argparse
-from statistics import median
-from time import perf_counter
-
+import measure
 import torch
 from torch import nn
 
@@ -53,34 +50,26 @@ def network(name):
     return OTHERS[name]() if name in OTHERS else build_model(name, classes=9)
 
 
-def step(model, optimiser, x, y, loss):
-    "Seconds of one forward, backward and update."
-    start = perf_counter()
-    out = model(x, aux=True) if hasattr(model, "bottleneck") else model(x)
-    logits, extra = (out.logits, sum(out.losses.values())) if hasattr(out, "logits") else (out, 0)
-    optimiser.zero_grad(); (loss(logits, y) + extra).backward(); optimiser.step()
-    return perf_counter() - start
+def step(model, x, y, loss):
+    "A row: one forward, backward and update."
+    optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    def row(lap):
+        out = model(x, aux=True) if hasattr(model, "bottleneck") else model(x)
+        logits, extra = (out.logits, sum(out.losses.values())) if hasattr(out, "logits") else (out, 0)
+        optimiser.zero_grad(); (loss(logits, y) + extra).backward(); optimiser.step()
+    return row
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", default=DEFAULT, help="names with commas between, the first is the base of the ratios: a name of `medseg models`, or "
-                        + ", ".join(OTHERS) + " (identity: synergynet-8s2h with pre and post blocks only)")
-    args = parser.parse_args()
-    rounds, x, y, loss = args.rounds, torch.randn(2, 1, 224, 224), torch.randint(0, 9, (2, 224, 224)), BCEDice()
-    torch.manual_seed(0); models = {name: network(name) for name in args.models.split(",")}
-    optimisers = {n: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9) for n, m in models.items()}
-    times = {n: [] for n in models}
-    for k in range(rounds + 1):
-        for name, model in models.items():
-            seconds = step(model, optimisers[name], x, y, loss)
-            if k: times[name].append(seconds)
-    base = next(iter(times.values()))
-    print(f"{torch.get_num_threads()} threads; medians of {rounds} interleaved rounds, of the ratio round by round")
-    print(f"{'network':40}{'M params':>9}{'ms':>8}{'ratio':>8}")
-    for name, t in times.items():
-        print(f"{name:40}{count_parameters(models[name])/1e6:9.2f}{1000*median(t):8.0f}{median(a/b for a, b in zip(t, base, strict=True)):8.2f}")
+    names = ("names with commas between, the first is the base of the ratios: a name of `medseg models`, or "
+             + ", ".join(OTHERS) + " (identity: synergynet-8s2h with pre and post blocks only)")
+    args = measure.arguments(__doc__, 7, models=dict(default=DEFAULT, help=names))
+    x, y = torch.randn(2, 1, 224, 224, device=args.device), torch.randint(0, 9, (2, 224, 224), device=args.device)
+    models = {name: network(name).to(args.device) for name in args.models.split(",")}
+    seconds = measure.in_turn({name: step(model, x, y, BCEDice()) for name, model in models.items()}, args.rounds, args.clock)
+    ms, ratio = measure.medians(seconds), measure.ratios(seconds, next(iter(models)))
+    lines = {name: (count_parameters(model)/1e6, ms[name][-1], ratio[name]) for name, model in models.items()}
+    measure.table("one step", [("M params", ".2f"), ("ms", ".0f"), ("ratio", ".2f")], lines)
 
 
 if __name__ == "__main__": main()

@@ -3,21 +3,12 @@
     python benchmarks/vector_quantization.py              # about two minutes on 2 cores
     python benchmarks/vector_quantization.py --rounds 21 --threads 1
 
-Times are medians of interleaved rounds (the order turns by one each round); compare the ratios, not the milliseconds.
-Memory is the most that tensors took at once during a step, beyond the inputs and weights that were there before: on a
-CPU from the profiler's list of allocations, on a GPU from the allocator.
+Compare the ratios, not the milliseconds. Memory is counted beyond the inputs and weights that were there before.
 """
-import argparse
-import itertools
-import os
-import time
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")   # the profiler is talkative otherwise
-
+import measure
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from medseg_nb.blocks.vector_quantization import VectorQuantizer
 
@@ -56,12 +47,13 @@ def build(name, dim, codebook_size):
 
 
 def step(module, z, weight):
-    "One forward and backward pass; the gradient of the output is `weight`."
-    z.grad = None
-    for p in module.parameters(): p.grad = None
-    out = module(z)
-    torch.autograd.backward([out[0], out[2].sum()], [weight, None])
-    if z.is_cuda: torch.cuda.synchronize()
+    "A row: one forward and backward pass; the gradient of the output is `weight`."
+    def row(lap):
+        z.grad = None
+        for p in module.parameters(): p.grad = None
+        out = module(z)
+        torch.autograd.backward([out[0], out[2].sum()], [weight, None])
+    return row
 
 
 def inputs(size, device):
@@ -72,60 +64,28 @@ def inputs(size, device):
     return z.requires_grad_(), weight
 
 
-def times(names, size, rounds, device, clock=time.perf_counter):
-    "Median milliseconds of each version, timed in turn."
-    z, weight = inputs(size, device)
-    modules = {name: build(name, size[2], size[3]).to(device) for name in names}
-    record = {name: [] for name in names}
-    for r in range(rounds + 1):
-        for name in names[r % len(names):] + names[:r % len(names)]:
-            start = clock()
-            step(modules[name], z, weight)
-            if r: record[name].append(1e3*(clock() - start))   # round 0 warms up
-    return {name: sorted(values)[len(values)//2] for name, values in record.items()}
-
-
 def peak(name, size, device):
     "MiB of tensors alive at once during a step, above what was there before it (inputs and weights)."
     module, (z, weight) = build(name, size[2], size[3]).to(device), inputs(size, device)
-    step(module, *inputs((1, 4, *size[2:]), device))   # libraries take their buffers
+    step(module, *inputs((1, 4, *size[2:]), device))(None)   # libraries take their buffers
     for p in module.parameters(): p.grad = None
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(module, z, weight)
-        return (torch.cuda.max_memory_allocated() - before)/2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: step(module, z, weight)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(alive)/2**20
+    return measure.peak(step(module, z, weight), device)
 
 
-def table(title, names, size, args):
+def compare(title, names, size, args):
     "Print one size: time, its ratio to the plain version, memory, its ratio."
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    ms = times(names, size, args.rounds, args.device, clock)
-    mib = {name: peak(name, size, args.device) for name in names}
-    print(f"\n{title}\n{'':50s}{'ms':>9s}{'ratio':>8s}{'peak MiB':>10s}{'ratio':>8s}")
-    for name in names:
-        print(f"{name:50s}{ms[name]:9.1f}{ms[name]/ms[PLAIN]:8.2f}{mib[name]:10.0f}{mib[name]/mib[PLAIN]:8.2f}")
-    if PEER in names: print(f"vector-quantize-pytorch takes {ms[PEER]/ms[OURS]:.2f} times as long as VectorQuantizer")
+    z, weight = inputs(size, args.device)
+    rows = {name: step(build(name, size[2], size[3]).to(args.device), z, weight) for name in names}
+    seconds = measure.compare(title, rows, args, PLAIN, mib={name: peak(name, size, args.device) for name in names})
+    if PEER in names: print(f"vector-quantize-pytorch takes {measure.ratios(seconds, OURS)[PEER]:.2f} times as long as VectorQuantizer")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU time (busy machines, one thread)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", choices=list(SIZES), help="one size only")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"PyTorch {torch.__version__}, {args.threads} threads, {args.device}, {args.rounds} rounds")
+    args = measure.arguments(__doc__, 9, size=dict(choices=list(SIZES), help="one size only"))
     for title, size in SIZES.items():
         if args.size not in (None, title): continue
         large = size[1] > 100
-        table(title, [OURS, PLAIN] + ([] if large else [OURS_EMA, PEER, PEER_EMA]), size, args)
+        compare(title, [OURS, PLAIN] + ([] if large else [OURS_EMA, PEER, PEER_EMA]), size, args)
 
 
 if __name__ == "__main__": main()

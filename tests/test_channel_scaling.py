@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medseg_nb.blocks.channel_scaling import ChannelScaling, NetworkScaling, fold_scale, scale_channels
+from medseg_nb.blocks.channel_scaling import ChannelScaling, NetworkScaling, each_pair, fold_scale, scale_channels
 from medseg_nb.core import ShapeError
 
 
@@ -51,12 +51,14 @@ def test_folding(bias):
 def test_one_pair_a_block():
     pairs = NetworkScaling(6, (4, 8, 4), 3)(torch.randn(2, 3, 6))
     assert [[p.shape for p in pair] for pair in pairs] == [[(2, c)]*2 for c in (4, 8, 4)]
+    assert list(each_pair(pairs, 3)) == pairs and list(each_pair(None, 3)) == [None]*3
 
 
 @pytest.mark.parametrize("wrong", [
     lambda: ChannelScaling(0, 4, 3), lambda: ChannelScaling(6, 0, 3), lambda: ChannelScaling(6, 4, 0),
     lambda: ChannelScaling(6, 4, 3)(torch.zeros(2, 6)), lambda: ChannelScaling(6, 4, 3)(torch.zeros(3, 5)), lambda: ChannelScaling(6, 4, 3)(torch.zeros(6)),
     lambda: scale_channels(torch.zeros(2, 5, 4), torch.zeros(3)), lambda: scale_channels(torch.zeros(2, 5, 4), torch.zeros(3, 4)),
+    lambda: each_pair([], 1), lambda: each_pair([(None, None)]*2, 1),
     lambda: fold_scale(nn.Linear(4, 3), torch.zeros(4)), lambda: fold_scale(nn.Linear(4, 3), torch.zeros(2, 3))])
 def test_what_does_not_fit(wrong):
     with pytest.raises(ShapeError): wrong()

@@ -1,6 +1,7 @@
 "ExternalAttention and semantic_correlations: against loops and PyTorch's attention, absent classes, any size."
 import pytest
 import torch
+from common import assert_same, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,20 +22,6 @@ def loop_correlations(Q, A, W):
             gate = S.exp() / S.exp().sum(0)                                                             # (Z,n)
             rows += [sum((A[b, j, h]*gate[j]).sum() for h in range(N)) / gate[j].sum() for j in range(Z)]
     return torch.stack(rows).view(B, Z, Z)
-
-
-def gradients(f, inputs, seed=1):
-    "Outputs of f and the gradients of the inputs, for fixed random upstream gradients."
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    outs = f(*inputs)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    g = torch.Generator().manual_seed(seed)
-    total = sum((out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum() for out in outs)
-    return [*(out.detach() for out in outs), *torch.autograd.grad(total, inputs)]
-
-
-def assert_same(a, b, tol=1e-11):
-    for x, y in zip(a, b, strict=True): torch.testing.assert_close(x, y, rtol=tol, atol=tol)
 
 
 def example(B=2, Z=3, N=2, width=4, shape=(3, 5), scale=1., batched=True, seed=0):

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from common import assert_same, gradients, peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
-from torch.profiler import ProfilerActivity, profile
 
 from medseg_nb.blocks.ot_embedding import (
     InverseSquareRoot,
@@ -23,19 +23,6 @@ from medseg_nb.blocks.ot_embedding import (
 from medseg_nb.core import MedsegError, ShapeError
 
 DOUBLE = torch.float64
-
-
-def gradients(f, inputs, params):
-    "Output and the gradients of inputs and parameters, for a fixed upstream gradient."
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = f(*inputs)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, [*inputs, *params], upstream)]
-
-
-def assert_same(a, b, tol=1e-9):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True): torch.testing.assert_close(x, y, rtol=tol, atol=tol)
 
 
 def loop_features(x, w, alpha):
@@ -276,11 +263,9 @@ def test_memory_grows_no_faster_than_the_tokens():
     torch.manual_seed(0)
     block = L2GMapper(32, 16, 2, anchors=16)
 
-    def peak(side):
+    def taken(side):
         z = torch.randn(1, 32, side, side, requires_grad=True)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: block(z).sum().backward()
-        events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-        return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+        return peak(lambda: block(z).sum().backward())
 
-    peak(28)
-    assert peak(112)/peak(28) <= 1.15*16
+    taken(28)
+    assert taken(112)/taken(28) <= 1.15*16

@@ -4,6 +4,7 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from common import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
@@ -20,10 +21,6 @@ def value_and_gradients(loss, *inputs):
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(inputs)
     return [value.detach(), *torch.autograd.grad(value, inputs)]
-
-
-def assert_same(a, b, tol=1e-11):
-    for x, y in zip(a, b, strict=True): torch.testing.assert_close(x, y, rtol=tol, atol=tol)
 
 
 def loop_modality(embeddings):

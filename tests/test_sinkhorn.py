@@ -1,11 +1,9 @@
 "sinkhorn: against POT, against unrolled autograd, masks, marginals, tiny eps, memory, bad input."
-import itertools
-
 import pytest
 import torch
+from common import gradients, peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
 from medseg_nb.blocks.sinkhorn import Scaling, marginal_error, sinkhorn, sinkhorn_unrolled
 from medseg_nb.core import MedsegError, ShapeError
@@ -21,13 +19,6 @@ def problem(B=3, n=12, t=5, scale=10., dtype=torch.float64, seed=0):
     return [x.to(dtype).requires_grad_() for x in values]
 
 
-def gradients(f, inputs, seed=1):
-    "The plan and the gradients of the inputs for a fixed gradient of the plan."
-    plan = f(*inputs)
-    weight = torch.randn(plan.shape, generator=torch.Generator().manual_seed(seed)).to(plan)
-    return [plan.detach(), *torch.autograd.grad(plan, inputs, weight)]
-
-
 def assert_close(a, b, tol):
     "Every tensor within `tol` of the norm of the other (or of 0.01, a tenth of a plan's: some gradients vanish)."
     assert len(a) == len(b)
@@ -40,13 +31,6 @@ def pot(cost, eps, n_iters, a, b, method="log_sinkhorn"):
     "POT's batched solver, with as many iterations; a negative tolerance keeps it going."
     from ot.batch import solve_batch
     return solve_batch(cost, eps, a, b, max_iter=n_iters, tol=-1., method=method, grad="autodiff").plan
-
-
-def peak(f):
-    "MiB alive at once while f runs, above what was there before."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: f()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))/2**20
 
 
 @pytest.mark.parametrize("scale", [1, 20, 100, 2000, 1e5])

@@ -2,28 +2,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common import assert_same, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg_nb.blocks.channel_scaling import NetworkScaling, fold_scale
+from medseg_nb.blocks.window_attention import WindowAttention, WindowBlock, join_windows, partition_windows, relative_position_index, window_regions
 from medseg_nb.core import ShapeError
-from medseg_nb.models.swin_unet import (
-    PatchExpanding,
-    PatchMerging,
-    SwinBlock,
-    SwinUNet,
-    WindowAttention,
-    drop_samples,
-    join_windows,
-    mask_groups,
-    partition_windows,
-    relative_index,
-    window_mask,
-)
+from medseg_nb.models.swin_unet import PatchExpanding, PatchMerging, SwinUNet
 from medseg_nb.models.zoo import count_parameters
 
 SMALL = dict(width=8, depths=(2, 1, 2), heads=(1, 2, 4), window=3, patch=2, drop_path=0.)
-OURS = ("norm1", "attention.qkv", "attention.proj", "norm2", "mlp.0", "mlp.2")
+OURS = ("norm1", "attention.project", "attention.out", "norm2", "mlp.0", "mlp.2")
 TIMMS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 sides = st.tuples(st.integers(1, 11), st.integers(1, 11))
 
@@ -31,40 +21,27 @@ sides = st.tuples(st.integers(1, 11), st.integers(1, 11))
 def loop_attention(block, x):
     "Window attention one token at a time: the tokens of the same window, before any padding or rolling."
     B, H, W, C = x.shape
-    (a, b), (s, t) = block.plan((H, W))
+    ((a, b), (s, t), _), side = block.fit((H, W)), block.window[0]
     # A token belongs to the window that the shifted grid puts it in; the first s rows (t columns) are a window of their own.
     home = {(i, j): ((i - s)//a, (j - t)//b) for i in range(H) for j in range(W)}
-    q, k, v = block.qkv(x).unflatten(-1, (3, block.heads, -1)).unbind(3)                  # (B,H,W,heads,d)
+    q, k, v = block.project(x).unflatten(-1, (3, block.heads, -1)).unbind(3)              # (B,H,W,heads,d)
     out = torch.zeros_like(q)
     for i, j in home:
         others = [p for p in home if home[p] == home[i, j]]
-        rows = [(i - y + block.window - 1)*(2*block.window - 1) + j - z + block.window - 1 for y, z in others]
+        rows = [(i - y + side - 1)*(2*side - 1) + j - z + side - 1 for y, z in others]
         keys, values = (torch.stack([m[:, y, z] for y, z in others], 1) for m in (k, v))  # (B,n,heads,d)
         score = (q[:, i, j, None]*keys).sum(-1)/q.shape[-1]**0.5 + block.bias_table[rows]
         out[:, i, j] = (score.softmax(1)[..., None]*values).sum(1)
-    return block.proj(out.flatten(3))
-
-
-def gradients(f, x, params):
-    "Output and the gradients of the input and the parameters, for a fixed upstream gradient."
-    x = x.detach().clone().requires_grad_()
-    out = f(x)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out.detach(), *torch.autograd.grad(out, [x, *params], upstream)]
-
-
-def assert_same(a, b, tol):
-    for x, y in zip(a, b, strict=True): torch.testing.assert_close(x, y, rtol=tol, atol=tol)
+    return block.out(out.flatten(3))
 
 
 def timm_block(ours, size):
     "timm's block with the weights of ours, for maps of one size."
     from timm.models.swin_transformer import SwinTransformerBlock
     mine = ours.attention
-    (a, b), shift = mine.plan(size)
-    peer = SwinTransformerBlock(mine.proj.in_features, size, mine.heads, window_size=mine.window, shift_size=mine.window//2 if mine.shifted else 0)
-    peer = peer.to(mine.proj.weight.dtype)
-    w = mine.window
+    (a, b), (w, _) = mine.fit(size)[0], mine.window
+    peer = SwinTransformerBlock(mine.out.in_features, size, mine.heads, window_size=w, shift_size=mine.shift[0])
+    peer = peer.to(mine.out.weight.dtype)
     table = mine.bias_table.detach().view(2*w - 1, 2*w - 1, -1)[w-a:w+a-1, w-b:w+b-1].flatten(0, 1)
     state = dict(ours.state_dict())
     renamed = {"attn.relative_position_bias_table": table}
@@ -72,7 +49,7 @@ def timm_block(ours, size):
         for part in ("weight", "bias"): renamed[f"{name}.{part}"] = state[f"{ours_name}.{part}"]
     left = peer.load_state_dict(renamed, strict=False)
     assert not left.unexpected_keys and set(left.missing_keys) <= {"attn.relative_position_index", "attn_mask"}
-    return peer, shift
+    return peer
 
 
 @given(sides, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
@@ -86,33 +63,33 @@ def test_windows_are_put_back(grid, batch, a, b):
 
 @given(sides, st.integers(2, 5), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_attention_equals_a_loop_over_tokens(size, window, shifted):
+def test_attention_equals_a_loop_over_tokens(size, window, shift):
     torch.manual_seed(0)
-    block = WindowAttention(4, 2, window, shifted).double()
+    block = WindowAttention(4, (window, window), 2, shift).double()
     torch.nn.init.normal_(block.bias_table)
     x = torch.randn(2, *size, 4, dtype=torch.double)
-    assert_same(gradients(block, x, block.parameters()), gradients(lambda z: loop_attention(block, z), x, block.parameters()), 1e-9)
+    assert_same(gradients(block, [x], block.parameters()), gradients(lambda z: loop_attention(block, z), [x], block.parameters()), 1e-9)
 
 
 @pytest.mark.parametrize("size", [(14, 21), (7, 7), (5, 4), (4, 14)])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_block_equals_timm(size, shifted):
+@pytest.mark.parametrize("shift", [False, True])
+def test_block_equals_timm(size, shift):
     torch.manual_seed(0)
-    ours = SwinBlock(12, 3, 7, shifted).double()
+    ours = WindowBlock(12, (7, 7), 3, shift).double()
     torch.nn.init.normal_(ours.attention.bias_table)
-    peer, _ = timm_block(ours, size)
+    peer = timm_block(ours, size)
     x = torch.randn(2, *size, 12, dtype=torch.double)
     weights = [[net.get_submodule(n).weight for n in names] for net, names in ((ours, OURS), (peer, TIMMS))]
-    assert_same(gradients(ours, x, weights[0]), gradients(peer, x, weights[1]), 1e-9)
+    assert_same(gradients(ours, [x], weights[0]), gradients(peer, [x], weights[1]), 1e-9)
     if min(size) >= 7:
         tables = ours.attention.bias_table, peer.attn.relative_position_bias_table
-        assert_same(*(gradients(net, x, [table]) for net, table in zip((ours, peer), tables, strict=True)), 1e-9)
+        assert_same(*(gradients(net, [x], [table]) for net, table in zip((ours, peer), tables, strict=True)), 1e-9)
 
 
 def test_relative_index_and_merging_equal_timm():
     from timm.models.swin_transformer import PatchMerging as Peer
     from timm.models.swin_transformer import get_relative_position_index
-    assert torch.equal(relative_index((5, 5), 5), get_relative_position_index(5, 5))
+    assert torch.equal(relative_position_index((5, 5)), get_relative_position_index(5, 5))
     ours, peer = PatchMerging(6), Peer(6)
     peer.load_state_dict({"norm.weight": ours.norm.weight, "norm.bias": ours.norm.bias, "reduction.weight": ours.reduce.weight})
     x = torch.randn(2, 4, 6, 6)
@@ -136,19 +113,24 @@ def test_pixels_of_a_token_start_alike():
     assert blocks.std(-1).min() > 0
 
 
+def count_pairs(size, window, shift):
+    "How many pairs of tokens meet in every window."
+    regions = window_regions(size, window, shift)
+    return (regions[:, :, None] == regions[:, None]).sum((1, 2)).tolist()
+
+
 def test_masks_of_an_8_by_8_map():
-    groups = mask_groups((8, 8), (4, 4), (2, 2))
-    assert groups.shape == (8, 8) and groups.unique().tolist() == [0, 1, 3, 4]
-    mask = window_mask((8, 8), (4, 4), (2, 2))
-    assert (mask == 0).sum((1, 2)).tolist() == [256, 128, 128, 64]      # one, two, two and four groups a window
-    assert window_mask((8, 8), (4, 4), (0, 0)) is None
-    assert (window_mask((8, 5), (4, 4), (0, 0)) == 0).sum((1, 2)).tolist() == [256, 16 + 144]*2   # 4 tokens, 12 of padding
+    regions = window_regions((8, 8), (4, 4), (2, 2))
+    assert regions.shape == (4, 16) and regions.unique().tolist() == [0, 1, 3, 4]
+    assert count_pairs((8, 8), (4, 4), (2, 2)) == [256, 128, 128, 64]           # one, two, two and four groups a window
+    assert not window_regions((8, 8), (4, 4), (0, 0)).any()
+    assert count_pairs((8, 5), (4, 4), (0, 0)) == [256, 16 + 144]*2             # 4 tokens, 12 of padding
 
 
 @pytest.mark.parametrize("depth, crosses", [(1, False), (2, True)])
 def test_information_crosses_windows_only_with_the_shift(depth, crosses):
     torch.manual_seed(0)
-    blocks = [SwinBlock(4, 1, 4, bool(i % 2)) for i in range(depth)]
+    blocks = [WindowBlock(4, (4, 4), 1, bool(i % 2)) for i in range(depth)]
     x = torch.randn(1, 8, 8, 4, requires_grad=True)
     y = x
     for block in blocks: y = block(y)
@@ -190,7 +172,7 @@ def test_whole_network_from_timms_parts():
     model = SwinUNet(1, 3, **{**SMALL, "depths": (2, 2, 2)}).eval()
     x = torch.randn(2, 1, 24, 48)
     def stage(blocks, z):
-        for block in blocks: z = timm_block(block, z.shape[1:3])[0].eval()(z)
+        for block in blocks: z = timm_block(block, z.shape[1:3]).eval()(z)
         return z
     def expand(part, z):
         B, H, W, _ = z.shape
@@ -242,19 +224,14 @@ def test_fixed_scales_fold_into_the_plain_network():
     with torch.no_grad():
         before = model(x, scales=scales)
         assert not torch.allclose(before, model(x), atol=1e-3)
-        blocks = [m for m in model.modules() if isinstance(m, SwinBlock)]
+        blocks = [m for m in model.modules() if isinstance(m, WindowBlock)]
         for block, (phi_1, phi_2) in zip(blocks, scales, strict=True):
-            fold_scale(block.attention.proj, phi_1)
+            fold_scale(block.attention.out, phi_1)
             fold_scale(block.mlp[2], phi_2)
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_stochastic_depth_keeps_the_mean_and_sleeps_at_test_time():
-    torch.manual_seed(0)
-    x = torch.ones(4000, 2)
-    y = drop_samples(x, 0.25, True)
-    assert torch.equal(y.unique(), torch.tensor([0., 4/3])) and abs(y.mean() - 1) < 0.05 and torch.equal(y[:, 0], y[:, 1])
-    assert drop_samples(x, 0.25, False) is x
+def test_stochastic_depth_sleeps_at_test_time():
     model, z = SwinUNet(1, 2, **{**SMALL, "drop_path": 0.5}), torch.randn(1, 1, 16, 16)
     assert not torch.equal(model.train()(z), model(z)) and torch.equal(model.eval()(z), model(z))
 

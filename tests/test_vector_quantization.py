@@ -268,16 +268,17 @@ def test_two_processes_learn_the_codebook_of_one_with_both_batches(tmp_path):
     for a, b in zip(one[:2], left[:2], strict=True): torch.testing.assert_close(a, b)  # running means of all tokens
 
 
-def benchmark():
+def benchmark(monkeypatch):
     path = Path(__file__).parents[1]/"benchmarks"/"vector_quantization.py"
+    monkeypatch.syspath_prepend(path.parent)   # it stands on measure.py beside it
     spec = importlib.util.spec_from_file_location("benchmark_of_vq", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
-def test_peak_memory_is_at_most_half_of_the_plain_version():
-    b = benchmark()
+def test_peak_memory_is_at_most_half_of_the_plain_version(monkeypatch):
+    b = benchmark(monkeypatch)
     size = (2, 128, 64, 1024)   # a quarter of the batch and width of the stated size: the same tokens per image
     assert b.peak(b.OURS, size, "cpu") <= .5*b.peak(b.PLAIN, size, "cpu")
 

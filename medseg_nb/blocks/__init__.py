@@ -6,8 +6,8 @@ from .hard_attention import HardAttention
 from .ot_embedding import L2GMapper, NystromFeatures, OTEmbedding
 from .sinkhorn import marginal_error, sinkhorn
 from .vector_quantization import Quantized, VectorQuantizer
-from .window_attention import WindowAttention, WindowBlock
+from .window_attention import WindowAttention, WindowBlock, WindowStage
 
 __all__ = ["AuxiliaryHead", "ChannelScaling", "DisConX", "ExternalAttention", "HardAttention", "L2GMapper", "NetworkScaling", "NystromFeatures", "OTEmbedding",
-           "Quantized", "VectorQuantizer", "WindowAttention", "WindowBlock", "fold_scale", "marginal_error", "scale_channels",
+           "Quantized", "VectorQuantizer", "WindowAttention", "WindowBlock", "WindowStage", "fold_scale", "marginal_error", "scale_channels",
            "semantic_correlations", "sinkhorn"]

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['partition_windows', 'join_windows', 'relative_position_index', 'window_regions', 'WindowAttention', 'DropPath',
-           'WindowBlock']
+           'WindowBlock', 'WindowStage', 'rising_rates']
 
 # %% ../../nbs/blocks/08_window_attention.ipynb #c002
 from math import ceil, prod
@@ -174,6 +174,7 @@ class WindowBlock(nn.Module):
         drop_path:float=0.0,   # rate of stochastic depth
     ):
         super().__init__()
+        if int(dim*mlp_ratio) < 1: raise ShapeError("mlp_ratio does not fit", found=mlp_ratio, expected=f">= 1/{dim}")
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, window, heads, shift, cross)
         self.mlp = nn.Sequential(nn.Linear(dim, int(dim*mlp_ratio)), nn.GELU(), nn.Linear(int(dim*mlp_ratio), dim))
@@ -188,3 +189,31 @@ class WindowBlock(nn.Module):
         if skip is not None: x = x + skip
         x = x + self.drop_path(scale_channels(y, first))                            # eq. 2
         return x + self.drop_path(scale_channels(self.mlp(self.norm2(x)), second))  # eq. 3
+
+# %% ../../nbs/blocks/08_window_attention.ipynb #c028
+class WindowStage(nn.ModuleList):
+    "The blocks of one scale; every second one moves its windows."
+    def __init__(self,
+        dim:int,              # channels
+        window:tuple,         # sides of a window
+        heads:int,            # divides dim
+        rates,                # stochastic depth, one rate a block
+        cross:bool=False,     # the first block is a skip attention
+        mlp_ratio:float=4.0,  # of the blocks
+    ):
+        super().__init__(WindowBlock(dim, window, heads, k % 2 == 1, cross and k == 0, mlp_ratio, rate) for k, rate in enumerate(rates))
+    def forward(self,
+        x:Tensor,               # (B,*S,dim)
+        scales,                 # iterator over the pairs phi_1, phi_2 of the network's blocks: `each_pair`
+        skip:Tensor|None=None,  # (B,*S,dim), where `cross`
+    ) -> Tensor:                # (B,*S,dim)
+        for block in self: x, skip = block(x, next(scales), skip), None
+        return x
+
+def rising_rates(
+    rate:float,  # of the last block
+    depths,      # blocks of every stage, in the order they run
+) -> list:       # a list of rates for every stage
+    "Rates of stochastic depth, from 0 in equal steps."
+    steps, last = iter(range(sum(depths))), max(sum(depths) - 1, 1)
+    return [[rate*next(steps)/last for _ in range(depth)] for depth in depths]

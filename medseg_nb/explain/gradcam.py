@@ -8,11 +8,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import MedsegError, ShapeError
-from ..models.encoder_decoder import pad_to_multiple
+from ..models.encoder_decoder import cut_to, interpolate, pad_to_multiple
 
 # %% ../../nbs/explain/00_gradcam.ipynb #c008
 METHODS = ("hirescam", "gradcam", "gradcam++")
@@ -93,8 +92,7 @@ def grad_cam(
     x = pad_to_multiple(image.detach(), _stride(model)).to(next(model.parameters()).device).requires_grad_()
     with _watched(model, module, tap), torch.enable_grad():
         coarse = _coarse_cam(model, x, class_id, tap, method, mask, size)          # (1,1,*s)
-    cam = F.interpolate(coarse, x.shape[2:], mode=("bilinear", "trilinear")[image.ndim-4], align_corners=False)
-    cam = cam[0,0][tuple(slice(s) for s in size)].numpy()               # (*S) without the padding
+    cam = cut_to(interpolate(coarse, x.shape[2:]), size)[0,0].numpy()   # (1,1,*s) -> (*S) without the padding
     return cam / cam.max() if cam.max() > 0 else cam
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..core import ShapeError
 from ..blocks.ot_embedding import L2GMapper, reference_sides
 from ..blocks.vector_quantization import VectorQuantizer
-from .encoder_decoder import Slot, conv_block
+from .encoder_decoder import Slot, conv_blocks, quantized_slot
 
 # %% ../../nbs/models/02_l2gnet.ipynb #c006
 class L2GBottleneck(nn.Module):
@@ -35,19 +35,14 @@ class L2GBottleneck(nn.Module):
         super().__init__()
         if codebook_size < 0: raise ShapeError("codebook_size does not fit", found=codebook_size, expected="K >= 1, or 0 for no codebook")
         if "grid" in (position, unpool): reference_sides(references, spatial_dims)   # refuses what has no grid
-        blocks = lambda i: nn.Sequential(conv_block(i, dim, spatial_dims, norm=norm), conv_block(dim, dim, spatial_dims, norm=norm))
         self.mapper = L2GMapper(dim, references, heads, anchors, alpha, kernel, eps, n_iters, position, unpool, sigma=sigma)
-        self.pre, self.post = blocks(channels), blocks(dim)
+        self.pre, self.post = (conv_blocks(c, dim, spatial_dims, norm) for c in (channels, dim))
         self.quantizer = VectorQuantizer(dim, codebook_size, **quantizer) if codebook_size else None
         self.out_channels = dim
     def forward(self,
         z:Tensor,  # (B,channels,*S)
     ) -> Slot:     # z (B,dim,*S)
         z_con = self.pre(z)                                       # (B,dim,*S)
-        z_dis, losses, maps = z_con, {}, {"continuous": z_con}
-        if self.quantizer:
-            z_dis, codes, loss, perplexity, usage = self.quantizer(z_con)   # eq. 2
-            losses = {"quantization": loss}
-            maps.update(discrete=z_dis, codes=codes, perplexity=perplexity, usage=usage)
-        mapped, plan = self.mapper.map(z_dis)                     # eq. 1 and 3: (B,dim,*S), (B,q,n,t)
-        return Slot(self.post(mapped), losses, {**maps, "plan": plan, "mapped": mapped})
+        q = self.quantizer(z_con) if self.quantizer else None     # eq. 2
+        mapped, plan = self.mapper.map(q.z if q else z_con)       # eq. 1 and 3: (B,dim,*S), (B,q,n,t)
+        return quantized_slot(self.post(mapped), z_con, q, plan=plan, mapped=mapped)

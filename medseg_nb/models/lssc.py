@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..blocks.channel_scaling import NetworkScaling
 from ..blocks.external_attention import AuxiliaryHead, ExternalAttention
 from ..core import ShapeError
-from .encoder_decoder import SegOutput, conv_layer
+from .encoder_decoder import SegOutput, check_image, conv_layer
 from .nnformer import NNFormer
 from .swin_unet import SwinUNet
 
@@ -49,10 +49,7 @@ class ImageEmbedding(nn.Sequential):
         super().__init__(*(conv_layer(dims)(channels, channels, 1) for _ in range(2)))
         for conv in self: nn.init.dirac_(conv.weight); nn.init.zeros_(conv.bias)
     def forward(self, x:Tensor) -> Tensor:
-        weight = self[0].weight
-        if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or x.numel() == 0:
-            raise ShapeError("image does not fit the model", found=tuple(x.shape), expected=f"(B,{weight.shape[1]}, and {weight.dim()-2} sides), none empty",
-                             fix="slices have 2 sides, volumes 3; build the model with the in_channels of your images")
+        check_image(x, self[0].in_channels, self[0].weight.dim() - 2)
         return super().forward(x)
 
 class SemanticPath(nn.Module):

@@ -16,7 +16,7 @@ from ..blocks.disconx import merge_heads, split_heads, to_tokens
 from ..blocks.hard_attention import HardAttention
 from ..blocks.vector_quantization import VectorQuantizer
 from ..core import CheckpointError, ShapeError
-from .encoder_decoder import DecoderLevel, Slot, UNetDecoder, conv_block, conv_layer
+from .encoder_decoder import DecoderLevel, Slot, UNetDecoder, conv_block, conv_blocks, conv_layer, interpolate, quantized_slot
 
 # %% ../../nbs/models/03_peers.ipynb #c010
 class AttentionGate(nn.Module):
@@ -29,14 +29,13 @@ class AttentionGate(nn.Module):
     ):
         super().__init__()
         conv, width = conv_layer(dims), width or max(channels_skip//2, 1)
-        self.mode = ("linear", "bilinear", "trilinear")[dims-1]
         self.skip, self.gate, self.psi = conv(channels_skip, width, 1, bias=False), conv(channels_gate, width, 1), conv(width, 1, 1)
     def weights(self,
         skip:Tensor,  # (B,channels_skip,*S)
         gate:Tensor,  # (B,channels_gate,*s), on a coarser grid
     ) -> Tensor:      # (B,1,*S), between 0 and 1
         "The attention coefficients alpha of eq. 1."
-        g = F.interpolate(self.gate(gate), size=skip.shape[2:], mode=self.mode, align_corners=False)  # (B,width,*S)
+        g = interpolate(self.gate(gate), skip.shape[2:])                      # (B,width,*S)
         return torch.sigmoid(self.psi(F.relu(self.skip(skip) + g)))
     def forward(self, skip:Tensor, gate:Tensor) -> Tensor: return skip * self.weights(skip, gate)
 
@@ -128,15 +127,14 @@ class DeepLabDecoder(nn.Module):
         dims, fine = encoder.spatial_dims, [i for i, s in enumerate(encoder.strides[:-1]) if s <= 4]
         if not fine or skip_width < 1:
             raise ShapeError("no skip for the decoder", found=f"strides {encoder.strides}, skip_width={skip_width}", expected="a level at stride 4 or finer, skip_width >= 1")
-        self.at, self.mode = fine[-1], ("linear", "bilinear", "trilinear")[dims-1]
+        self.at = fine[-1]
         self.skip = conv_block(encoder.channels[self.at], skip_width, dims, norm=norm, kernel=1)
         self.levels = nn.ModuleList([separable_block(channels_in + skip_width, channels_in, dims, norm=norm)])
         self.head = conv_layer(dims)(channels_in, classes, 1)
     def forward(self, z:Tensor, features:list[Tensor], size) -> Tensor:
         skip = self.skip(features[self.at])                                                              # (B,skip_width,*S/4)
-        z = F.interpolate(z, size=skip.shape[2:], mode=self.mode, align_corners=False)
-        scores = self.head(self.levels[0](torch.cat([z, skip], 1)))                                          # (B,Z,*S/4)
-        return F.interpolate(scores, size=size, mode=self.mode, align_corners=False)                     # (B,Z,*S)
+        scores = self.head(self.levels[0](torch.cat([interpolate(z, skip.shape[2:]), skip], 1)))         # (B,Z,*S/4)
+        return interpolate(scores, size)                                                                 # (B,Z,*S)
 
 # %% ../../nbs/models/03_peers.ipynb #c027
 class TransformerLayer(nn.Module):
@@ -171,7 +169,7 @@ def resample_positions(
 ) -> Tensor:           # (1,C,*S)
     "Position embeddings for another grid, by linear interpolation along each axis."
     if tuple(positions.shape[2:]) == tuple(size): return positions
-    return F.interpolate(positions, size=tuple(size), mode=("linear", "bilinear", "trilinear")[len(size)-1], align_corners=False)
+    return interpolate(positions, size)
 
 class Transformer(nn.Module):
     "Tokens of a map with learned positions through transformer layers, and back on the grid: eq. 1 to 4, ViT."
@@ -281,9 +279,9 @@ class VQBottleneck(nn.Module):
         **quantizer,                # beta, ema_decay, restart_after: see VectorQuantizer
     ):
         super().__init__()
-        self.pre = nn.Sequential(conv_block(channels, dim, spatial_dims, norm=norm), conv_block(dim, dim, spatial_dims, norm=norm))
+        self.pre = conv_blocks(channels, dim, spatial_dims, norm)
         self.quantizer = VectorQuantizer(dim, codebook_size, **quantizer)
-        self.post = nn.Sequential(*[conv_block(dim, dim, spatial_dims, norm=norm) for _ in range(2)])
+        self.post = conv_blocks(dim, dim, spatial_dims, norm)
         self.out_channels = dim
     def mix(self,
         z:Tensor,  # (B,dim,*S) quantized map
@@ -295,8 +293,7 @@ class VQBottleneck(nn.Module):
     ) -> Slot:     # z (B,dim,*S)
         z_con = self.pre(z)             # (B,dim,*S)
         q = self.quantizer(z_con)       # z_dis (B,dim,*S), codes (B,*S)
-        maps = dict(continuous=z_con, discrete=q.z, codes=q.codes, perplexity=q.perplexity, usage=q.usage)
-        return Slot(self.post(self.mix(q.z)), {"quantization": q.loss}, maps)
+        return quantized_slot(self.post(self.mix(q.z)), z_con, q)
 
 class TransVQBottleneck(VQBottleneck):
     "A transformer over the quantized map, then hard self-attention: TransVQUNet."

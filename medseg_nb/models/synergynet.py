@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks.disconx import DisConX
 from ..blocks.hard_attention import HardAttention
 from ..blocks.vector_quantization import VectorQuantizer
-from .encoder_decoder import Slot, conv_block
+from .encoder_decoder import Slot, conv_blocks, quantized_slot
 
 # %% ../../nbs/models/01_synergynet.ipynb #c005
 class SynergyBottleneck(nn.Module):
@@ -26,11 +26,11 @@ class SynergyBottleneck(nn.Module):
         **quantizer,                # beta, ema_decay, restart_after: see VectorQuantizer
     ):
         super().__init__()
-        self.pre = nn.Sequential(conv_block(channels, dim, spatial_dims, norm=norm), conv_block(dim, dim, spatial_dims, norm=norm))
+        self.pre = conv_blocks(channels, dim, spatial_dims, norm)
         self.quantizer = VectorQuantizer(dim, codebook_size, **quantizer)
         self.disconx = DisConX(dim, soft_heads) if soft_heads else None
         self.refinement = HardAttention(dim, hard_heads) if hard_heads else None
-        self.post = nn.Sequential(*[conv_block(dim, dim, spatial_dims, norm=norm) for _ in range(2)])
+        self.post = conv_blocks(dim, dim, spatial_dims, norm)
         self.out_channels = dim
     def forward(self,
         z:Tensor,  # (B,channels,*S)
@@ -40,5 +40,4 @@ class SynergyBottleneck(nn.Module):
         fused = q.z + z_con                                            # z_f without DisConX: SynergyNet(Fusion)
         if self.disconx: fused = fused + self.disconx(q.z, z_con)      # eq. 5
         refined = fused + self.refinement(fused) if self.refinement else fused  # eq. 6-7
-        maps = dict(continuous=z_con, discrete=q.z, codes=q.codes, synergy=refined, perplexity=q.perplexity, usage=q.usage)
-        return Slot(self.post(refined), {"quantization": q.loss}, maps)
+        return quantized_slot(self.post(refined), z_con, q, synergy=refined)
