@@ -85,7 +85,7 @@ def smallest_share(n):
 # %%
 # Exercise 8: in words (only the length is checked)
 answer = """
-With the CTs all five unseen MR patients are segmented better, those most like the training patient and the two with another contrast, whom one MR does not prepare for; ten MR patients help those two far more, and the others not at
-all, because the same number of steps is spread over ten contrasts. The two consistency terms fall as they should and change the Dice by a hundredth or two, no more than another seed might. Five of five is a share of 1/16, the
-smallest that five patients can give, so nothing is proved. Next: more unseen patients, several seeds, and several draws of the one MR patient.
+With the first seed all five unseen MR patients gain from the CTs, the smallest share that five patients can give; with the second seed the gain is gone. So the start of the training moves the Dice as much as the CTs do, and the
+coin over patients could not know. The two consistency terms fall as they should, and change the Dice by a hundredth or two, within what a seed does. Ten MR patients clearly help the two whose contrast the one MR does not show,
+and not the others, as the same number of steps is spread over ten contrasts. Nothing is decided here; next: five seeds of each, several draws of the one MR patient, and more unseen patients.
 """
