@@ -3,6 +3,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,8 @@ sys.path.insert(0, str(LABS))
 import check  # noqa: E402
 import checks_lab_1 as c1  # noqa: E402
 import checks_lab_2 as c2  # noqa: E402
+import checks_lab_3 as c3  # noqa: E402
+from hearts import overlaps  # noqa: E402
 from marking import NotYet, ____  # noqa: E402
 
 ALL = sorted(LABS.glob("lab_*.ipynb"))
@@ -26,7 +29,7 @@ def module(path):
     found = importlib.util.module_from_spec(spec); spec.loader.exec_module(found)
     return found
 
-s1, s2 = (module(LABS/"solutions"/f"lab_{i}.py") for i in (1, 2))
+s1, s2, s3 = (module(LABS/"solutions"/f"lab_{i}.py") for i in (1, 2, 3))
 
 
 # ---- whole notebooks -------------------------------------------------------------------------------------------------------
@@ -447,3 +450,203 @@ CASES_2 = [(name, words, pack(answer)) for name, cases, pack in LAB_2 for words,
 
 @pytest.mark.parametrize(("name", "words", "answers"), CASES_2, ids=lambda x: x if isinstance(x, str) else "")
 def test_lab_2_knows_the_mistake(name, words, answers): says(getattr(c2, name), answers, words)
+
+
+# ---- lab 3: typical mistakes -----------------------------------------------------------------------------------------------
+def all_at_once(loaders): yield from zip(*loaders.values())
+def by_turns(loaders):
+    for m, loader in loaders.items():
+        for batch in loader: yield {m: batch}
+def steps(count=lambda lengths: max(lengths), stream=s3.endless, form=dict):
+    "A balanced epoch with one mistake."
+    def answer(loaders):
+        streams = {m: stream(loader) for m, loader in loaders.items()}
+        for _ in range(count([len(loader) for loader in loaders.values()])): yield form((m, next(s)) for m, s in streams.items())
+    return answer
+def first_only(loader):
+    while True: yield next(iter(loader))
+def backwards(loader):
+    while True: yield from list(loader)[::-1]
+BALANCED = {
+    "it stops with the shortest loader": (s3.endless, steps(min)),
+    "it does not end": (s3.endless, steps(lambda lengths: 1000)),
+    "as many steps as all loaders have batches together": (s3.endless, steps(sum)),
+    "3 steps; the longest loader has 5 batches": (s3.endless, steps(lambda lengths: 3)),
+    "each step must be a dict": (s3.endless, all_at_once),
+    "each step must hold a batch of every modality": (s3.endless, lambda loaders: ({"ct": batch} for batch in loaders["ct"])),
+    "endless: the first round is repeated in the same order": (cycle, s3.balanced),
+    "balanced, mr: the first round is repeated": (s3.endless, steps(stream=cycle)),
+    "only its first batch is ever seen": (first_only, s3.balanced),
+    "balanced, ct: the loader is begun anew": (s3.endless, steps(stream=first_only)),
+    "endless: not the batches in their order": (backwards, s3.balanced),
+    "these are not the batches of mr's loader": (lambda loader: iter([1]*5), s3.balanced),
+    "endless: it ends after 2 batches": (iter, s3.balanced),
+    "it must be a generator": (lambda loader: list(loader), s3.balanced),
+    "hand on each step with `yield`": (s3.endless, lambda loaders: None),
+    "takes a batch of every modality at once": (s3.endless, by_turns),
+}
+def table(axis=1, kernel="iw,iwh->ih", scores="ih,jhn->ijn", scale=1, gate=None, finish=lambda total, g: total/g.sum(2), numerator=lambda total, g: total):
+    "E with one mistake."
+    def answer(Q, A, W, divide=True):
+        K = torch.einsum(kernel, Q, W)
+        S = torch.einsum(scores, K, A)*scale
+        g = S.softmax(axis) if gate is None else gate(S)
+        total = (A*g[:,:,None]).sum((2, 3))
+        return finish(total, g) if divide else numerator(total, g)
+    return answer
+CORRELATIONS = {
+    "the denominator of eq. 11 is missing": table(finish=lambda t, g: t),
+    "softmax over the positions": table(axis=2),
+    "softmax over the classes i": table(axis=0),
+    "the softmax of the gate is missing": table(gate=lambda S: S),
+    "there is no gate at all": table(gate=torch.ones_like),
+    "the gate is a sigmoid": table(gate=torch.sigmoid),
+    "divided by the number of heads": table(finish=lambda t, g: t/g.sum(2)/2),
+    "divided by the number of positions": table(finish=lambda t, g: t/5),
+    "what the gates of all classes sum to": table(finish=lambda t, g: t/g.sum((1, 2))[:,None]),
+    "rows and columns are exchanged": table(finish=lambda t, g: (t/g.sum(2)).mT),
+    "the W of the first class": lambda Q, A, W, divide=True: s3.correlations(Q, A, W[:1].expand(3, -1, -1), divide),
+    "you have it the other way round": table(scores="jh,ihn->ijn"),
+    "divides by no root": table(scale=2**-.5),
+    "sum over the positions too": table(finish=lambda t, g: g),
+    "there is no batch here": table(finish=lambda t, g: (t/g.sum(2))[None]),
+    "divide=False: this is E": table(numerator=lambda t, g: t/g.sum(2)),
+    "divide=False: this is a mean over positions": table(numerator=lambda t, g: t/5),
+    "your code stopped in line": table(kernel="iw,jwh->ijh"),
+}
+def cosines(Q1, Q2): return F.cosine_similarity(Q1, Q2, dim=1)
+def lengths(Q1, Q2): return Q1.norm(dim=1)*Q2.norm(dim=1)
+MODALITIES = {
+    "you took the mean": lambda a, b: (1 - cosines(a, b)).mean(),
+    "the lengths are missing": lambda a, b: (1 - (a*b).sum(1)).sum(),
+    "not by their squares": lambda a, b: (1 - (a*b).sum(1)/lengths(a, b)**2).sum(),
+    "these are the cosines": lambda a, b: cosines(a, b).sum(),
+    "the 1 belongs inside the sum": lambda a, b: 1 - cosines(a, b).sum(),
+    "opposite embeddings alike": lambda a, b: (1 - cosines(a, b).abs()).sum(),
+    "one cosine of all embeddings": lambda a, b: 1 - F.cosine_similarity(a.flatten(), b.flatten(), dim=0),
+    "the cosines run over the classes": lambda a, b: (1 - F.cosine_similarity(a, b, dim=0)).sum(),
+    "you compare each class with every class": lambda a, b: (1 - F.normalize(a, dim=1) @ F.normalize(b, dim=1).T).sum(),
+    "twice too large": lambda a, b: (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(),
+    "add over the classes": lambda a, b: 1 - cosines(a, b),
+    "is the `return` missing?": lambda a, b: None,
+}
+LARGEST = {
+    "what right angles give": lambda Z: Z, "that is for one class": lambda Z: 2, "yours is 7": lambda Z: Z + 2, "is the `return` missing?": lambda Z: None,
+}
+def kl(p, q): return (p*(p/q).log()).sum(-1)
+def images(both=lambda p, q: kl(p, q) + kl(q, p), soft=lambda E, tau: (E/tau).softmax(-1), pairs=True, finish=lambda d: d.sum(-1).mean()):
+    "Eq. 14 with one mistake."
+    def answer(E1, E2, tau=4.):
+        p, q = soft(E1, tau), soft(E2, tau)
+        return finish(both(p[:,None], q[None]) if pairs else both(p, q))
+    return answer
+IMAGES = {
+    "only one direction, KL(p||q)": images(kl),
+    "only one direction, KL(q||p)": images(lambda p, q: kl(q, p)),
+    "you took their mean": images(lambda p, q: (kl(p, q) + kl(q, p))/2),
+    "the sign is the wrong way round": images(lambda p, q: -kl(p, q) - kl(q, p)),
+    "tau is missing": images(soft=lambda E, tau: E.softmax(-1)),
+    "divide by tau, do not multiply": images(soft=lambda E, tau: (E*tau).softmax(-1)),
+    "runs down the columns": images(lambda p, q: kl(p.mT, q.mT) + kl(q.mT, p.mT), lambda E, tau: (E/tau).softmax(-2)),
+    "you averaged over the classes": images(finish=lambda d: d.mean()),
+    "you added over the pairs": images(finish=lambda d: d.sum()),
+    "you only compare image 1 with image 1": images(pairs=False),
+    "you averaged E over the images": lambda E1, E2, tau=4.: s3.image_level(E1.mean(0, True), E2.mean(0, True), tau),
+    "has no factor tau^2": lambda E1, E2, tau=4.: tau**2*s3.image_level(E1, E2, tau),
+    "these are the pairs": images(finish=lambda d: d.sum(-1)),
+    "add over the classes, take the mean": images(finish=lambda d: d),
+    "is there a log of 0": images(),
+    "two images against three: not right": lambda E1, E2, tau=4.: s3.image_level(E1, E2[:2], tau),
+}
+SHRINKS = {"so does ln p - ln q": 2, "is it *divided*": .25, "a factor above 1": -4, "the factor is 4.00, yours is 8": 8, "there is still a blank": ____}
+def total(seg=sum, aux=sum, weigh=lambda s, a, m, i, w: s + w[0]*a + w[1]*m + w[2]*i, scales=sum, q="Q", pair=lambda maps: maps, y_seg=0, y_aux=0):
+    "Eq. 15 with one mistake."
+    def answer(outputs, labels, segment, auxiliary, modality_level, image_level, weights=(.5, .5, .5)):
+        outs, ys = list(outputs.values()), list(labels.values())
+        judge = lambda what, look, shift: [look(what(out), ys[(k + shift) % len(ys)]) for k, out in enumerate(outs)]
+        L_seg, L_aux = seg(judge(lambda out: out.logits, segment, y_seg)), aux(judge(lambda out: out.maps, auxiliary, y_aux))
+        if len(outs) == 1: return weigh(L_seg, L_aux, 0, 0, weights)
+        one, two = pair([out.maps for out in outs])
+        return weigh(L_seg, L_aux, modality_level(one["Q"], two["Q"]), scales([image_level(one[n], two[n]) for n in ("E_1", "E_2")]), weights)
+    return answer
+def half(x): return sum(x)/2 if len(x) == 2 else sum(x)
+def two_only(weigh): return total(weigh=lambda s, a, m, i, w: weigh(s, a, m, i, w) if isinstance(m, torch.Tensor) else s + w[0]*a)
+TOTAL = {
+    "L_aux is missing, or has no weight": total(weigh=lambda s, a, m, i, w: s + a + m + i),
+    "one modality alone: L_aux is missing.": total(weigh=lambda s, a, m, i, w: s),
+    "the weights are missing": two_only(lambda s, a, m, i, w: s + a + m + i),
+    "your weights are 0.5": two_only(lambda s, a, m, i, w: s + (a + m + i)/2),
+    "alpha weighs the segmentation too": two_only(lambda s, a, m, i, w: w[0]*(s + a) + w[1]*m + w[2]*i),
+    "L_seg is averaged": total(seg=half),
+    "the total: L_aux is averaged": total(aux=half),
+    "L_seg and L_aux are averaged": total(seg=half, aux=half),
+    "the total: L_seg is missing": two_only(lambda s, a, m, i, w: w[0]*a + w[1]*m + w[2]*i),
+    "the total: L_aux is missing": two_only(lambda s, a, m, i, w: s + w[1]*m + w[2]*i),
+    "L_mcr is missing": two_only(lambda s, a, m, i, w: s + w[0]*a + w[2]*i),
+    "L_icr is missing": two_only(lambda s, a, m, i, w: s + w[0]*a + w[1]*m),
+    "only the first scale": total(scales=lambda x: x[0]),
+    "averaged over the scales": total(scales=lambda x: sum(x)/2),
+    "only one modality is in L_seg": total(seg=lambda x: x[0]),
+    "only one modality is in L_seg. ": total(seg=lambda x: x[-1]),
+    "only one modality is in L_aux": total(aux=lambda x: x[0]),
+    "the total: logits meet the labels of the other": total(y_seg=1),
+    "the total: maps meet the labels of the other": total(y_aux=1),
+    "logits and maps meet the labels": total(y_seg=1, y_aux=1),
+    "beta and gamma are exchanged": total(weigh=lambda s, a, m, i, w: s + w[0]*a + w[2]*m + w[1]*i),
+    "L_icr compares a modality with itself": total(pair=lambda maps: (maps[0], {**maps[0], "Q": maps[-1]["Q"]})),
+    "L_mcr compares a modality with itself": total(pair=lambda maps: (maps[0], {**maps[-1], "Q": maps[0]["Q"]})),
+}
+PHI = {
+    "the 1 is missing": lambda Q, w1, W: w1 @ Q @ W,
+    "w1 is missing": lambda Q, w1, W: 1 + Q.sum(0) @ W,
+    "you took the mean over the classes": lambda Q, w1, W: 1 + Q.mean(0) @ W,
+    "no sign is turned round": lambda Q, w1, W: 1 - w1 @ Q @ W,
+    "one vector a modality": lambda Q, w1, W: 1 + Q @ W,
+    "it still needs W": lambda Q, w1, W: w1 @ Q,
+}
+FOLD = {
+    "it came back unscaled.": lambda W, b, phi: (W, phi*b),
+    "the weight: multiply, do not divide": lambda W, b, phi: (W/phi[:,None], phi*b),
+    "scaled twice": lambda W, b, phi: (W*phi[:,None]**2, phi*b),
+    "not what goes in": lambda W, b, phi: (W*phi, phi*b),
+    "phi (W x + b) holds phi b": lambda W, b, phi: (W*phi[:,None], b),
+    "the bias: multiply, do not divide": lambda W, b, phi: (W*phi[:,None], b/phi),
+    "return two tensors": lambda W, b, phi: W*phi[:,None],
+}
+def flips(far, finish=lambda hits: hits.double().mean(), before=lambda d: d):
+    "Sign flips with one mistake."
+    def answer(d):
+        signs = torch.tensor(list(c3.product((-1., 1.), repeat=len(d)))).to(d)
+        return finish(far((signs*before(d)).mean(1), d.mean()))
+    return answer
+def at_least(m, s): return m.abs() >= s.abs() - 1e-9
+FLIPS = {
+    "only one side": flips(lambda m, s: m >= s - 1e-9),
+    "the signs that were seen count themselves": flips(lambda m, s: m.abs() > s.abs() + 1e-9),
+    "no farther from 0": flips(lambda m, s: m.abs() <= s.abs() + 1e-9),
+    "nearer to 0 than yours": flips(lambda m, s: m.abs() < s.abs() - 1e-9),
+    "divide by how many there are": flips(at_least, lambda hits: hits.double().sum()),
+    "absolute values come after the mean": flips(lambda m, s: at_least(m*0 + 1, s)),
+    "a mean (divide by n) meets a sum": flips(lambda m, s: m.abs() >= 5*s.abs() - 1e-9),
+    "one number is asked for": flips(at_least, lambda hits: hits.double()),
+    "where it is below, you count the wrong side": flips(lambda m, s: m.abs() >= s - 1e-9),
+}
+SMALLEST = {
+    "never 0": lambda n: 0, "all plus reaches as far as all minus": lambda n: 2.**-n, "yours is 0.2": lambda n: 1/n,
+    "is the `return` missing?": lambda n: None,
+}
+LAB_3 = [("check_balanced", BALANCED, lambda a: a), ("check_correlations", CORRELATIONS, lambda a: (a,)),
+         ("check_modality_level", MODALITIES, lambda a: (a, s3.largest)), ("check_modality_level", LARGEST, lambda a: (s3.modality_level, a)),
+         ("check_image_level", IMAGES, lambda a: (a, s3.shrinks_by)), ("check_image_level", SHRINKS, lambda a: (s3.image_level, a)),
+         ("check_total", TOTAL, lambda a: (a,)), ("check_scale", PHI, lambda a: (a, s3.fold)), ("check_scale", FOLD, lambda a: (s3.scale_vector, a)),
+         ("check_sign_flips", FLIPS, lambda a: (a, s3.smallest_share)), ("check_sign_flips", SMALLEST, lambda a: (s3.sign_flips, a)),
+         ("check_answer", WORDS, lambda a: (a,))]
+CASES_3 = [(name, words, pack(answer)) for name, cases, pack in LAB_3 for words, answer in cases.items()]
+
+@pytest.mark.parametrize(("name", "words", "answers"), CASES_3, ids=lambda x: x if isinstance(x, str) else "")
+def test_lab_3_knows_the_mistake(name, words, answers): says(getattr(c3, name), answers, words)
+
+def test_dice_of_a_lab():
+    "Two classes by hand: one pixel of three shared; a class that nobody has is 0."
+    found, truth = torch.tensor([[[1, 1, 0, 2]]]), torch.tensor([[[1, 0, 0, 2]]])
+    assert overlaps(found, truth, 3) == [2/3, 1., 0.]

@@ -22,12 +22,13 @@ class Hearts(NamedTuple):
 def stack_slices(
     collection,
     cases:list,
-    side:int,    # pixels
-    cache:str,   # folder
+    side:int,          # pixels
+    cache:str,         # folder
     device,
-) -> tuple:      # (N,1,side,side), (N,side,side)
+    neighbours:int=0,  # slices on either side that join as channels
+) -> tuple:            # (N,2*neighbours+1,side,side), (N,side,side)
     "The slices of some cases in which there is something to find."
-    slices = SliceDataset(collection, cases, Preparation(inplane=side), size=side, cache=cache)
+    slices = SliceDataset(collection, cases, Preparation(inplane=side, neighbours=neighbours), size=side, cache=cache)
     images, labels = map(torch.stack, zip(*[slices[i] for i in range(len(slices))]))
     keep = labels.flatten(1).any(1)
     return images[keep].to(device), labels[keep].to(device)
@@ -89,12 +90,20 @@ def fit(
         curve.append((wrong.item(), float(watch(net))))
     return net.eval(), torch.tensor(curve)
 
+def overlaps(
+    found:Tensor,  # (N,side,side) class ids
+    truth:Tensor,  # (N,side,side)
+    classes:int,   # background left out
+) -> list:         # a number a class, 0..1
+    "Dice of each class over all slices at once."
+    share = lambda a, b: 2*(a & b).sum().item()/max(1, (a.sum() + b.sum()).item())
+    return [share(found == c, truth == c) for c in range(1, classes + 1)]
+
 @torch.no_grad()
 def dice(
     net:SmallNet,
     hearts:Hearts,
 ) -> list:  # a number a class, 0..1
     "Dice over all slices of the unseen patients."
-    p, y = torch.cat([net(x)[0].argmax(1) for x in hearts.test_x.split(8)]), hearts.test_y
-    share = lambda a, b: 2*(a & b).sum().item()/max(1, (a.sum() + b.sum()).item())
-    return [share(p == c, y == c) for c in range(1, len(hearts.names) + 1)]
+    found = torch.cat([net(x)[0].argmax(1) for x in hearts.test_x.split(8)])
+    return overlaps(found, hearts.test_y, len(hearts.names))
