@@ -190,6 +190,7 @@ def _draw_evidence(ax, model, image, truth, c, layer):
     ax.imshow(cam.T, cmap="inferno", origin="lower", alpha=.6*cam.T**.5, vmin=0, vmax=1)
     ax.contour(truth.T, [.5], colors="w", linewidths=.8) if truth.any() else None
     ax.set_title(f"inside {inside:.2f}, outside {outside:.2f}"); ax.axis("off")
+    ax.invert_xaxis()                                                                # seen from the feet, as radiologists do
 
 # %% ../../nbs/experiments/04_modalities.ipynb #c012
 @dataclass
