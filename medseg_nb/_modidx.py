@@ -1112,6 +1112,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'medseg_nb/losses/lagrangian.py'),
                                              'medseg_nb.losses.lagrangian.LDCLoss._constraints': ( 'losses/lagrangian.html#ldcloss._constraints',
                                                                                                    'medseg_nb/losses/lagrangian.py'),
+                                             'medseg_nb.losses.lagrangian.LDCLoss._term': ( 'losses/lagrangian.html#ldcloss._term',
+                                                                                            'medseg_nb/losses/lagrangian.py'),
                                              'medseg_nb.losses.lagrangian.LDCLoss.ascend': ( 'losses/lagrangian.html#ldcloss.ascend',
                                                                                              'medseg_nb/losses/lagrangian.py'),
                                              'medseg_nb.losses.lagrangian.LDCLoss.extra_repr': ( 'losses/lagrangian.html#ldcloss.extra_repr',

@@ -31,7 +31,7 @@ def dual_step(
     return moved if relation == "equal" else moved.clamp_min(0) if relation == "at most" else moved.clamp_max(0)
 
 def kkt_residuals(
-    gradients,    # of the Lagrangian by the primal variables: a tensor, or an iterable such as p.grad of all parameters (None is skipped)
+    gradients,  # of the Lagrangian by the primal variables: a tensor, or an iterable such as p.grad of all parameters (None is skipped)
     constraints,  # iterable of (multiplier, value, relation), tensors of one shape
 ) -> dict:        # stationarity, primal, dual, slackness: floats >= 0, all 0 at a KKT point
     "How far from the KKT conditions: norm of the gradient, worst broken constraint, worst wrong sign, worst |multiplier x value|."
@@ -64,33 +64,34 @@ def _chances(l, activation):
     if activation == "sigmoid": return l.sigmoid(), F.logsigmoid(l), F.logsigmoid(-l)
     log_p = l.log_softmax(1); p = log_p.exp()
     top = l.argmax(1, keepdim=True)                                            # (B,1,N) the winner
-    others = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)      # (B,1,N) log of the sum of the other classes
+    others = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)  # (B,1,N) log of the sum of the other classes
     return p, log_p, torch.log1p(-p.scatter(1, top, 0.)).scatter(1, top, others)
 
 def _as_maps(logits, target, classes, check):
     "(B,Z,*S) and labels (B,*S) or probabilities (B,Z,*S) -> two (B,Z,N), float32 at least; raises `MedsegError`."
     if logits.ndim < 3 or logits.shape[1] != classes or not logits.is_floating_point() or not logits.numel():
-        raise ShapeError("logits do not fit the loss", found=f"{tuple(logits.shape)} {logits.dtype}", expected=f"floating (B, {classes}, *S), not empty",
-                         fix="build the loss with classes=Z, background included")
-    l = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(2)                                    # (B,Z,N)
+        raise ShapeError("logits do not fit the loss", found=f"{tuple(logits.shape)} {logits.dtype}",
+                         expected=f"floating (B, {classes}, *S), not empty", fix="build the loss with classes=Z, background included")
+    l = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(2)  # (B,Z,N)
     if target.is_floating_point():
         if target.shape != logits.shape:
             raise ShapeError("teacher and student have different shapes", found=tuple(target.shape), expected=tuple(logits.shape))
         if check and not (target.amin() >= 0 and target.amax() <= 1):
-            raise MedsegError("the teacher's target holds no probabilities", found=f"{target.amin():.3g} to {target.amax():.3g}", expected="0 to 1",
-                              fix="give loss.probabilities(teacher_logits)")
+            raise MedsegError("the teacher's target holds no probabilities", found=f"{target.amin():.3g} to {target.amax():.3g}",
+                              expected="0 to 1", fix="give loss.probabilities(teacher_logits)")
         return l, target.detach().to(l.dtype).flatten(2)
     if target.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ShapeError("labels do not fit the logits", found=f"{tuple(target.shape)} {target.dtype}", expected=f"integer {(logits.shape[0], *logits.shape[2:])}")
+        raise ShapeError("labels do not fit the logits", found=f"{tuple(target.shape)} {target.dtype}",
+                         expected=f"integer {(logits.shape[0], *logits.shape[2:])}")
     if check: check_label_range(target, classes)
-    return l, F.one_hot(target.long().flatten(1), classes).mT.to(l.dtype)                                          # (B,N,Z) -> (B,Z,N)
+    return l, F.one_hot(target.long().flatten(1), classes).mT.to(l.dtype)  # (B,N,Z) -> (B,Z,N)
 
 # %% ../../nbs/losses/01_lagrangian.ipynb #c024
 class ConsistencyLoss(nn.Module):
     "Eq. 2, CMAformer: cross entropy and class-weighted soft Dice, against labels or a teacher's probabilities."
     def __init__(self,
         classes:int=3,             # Z, background included, >= 2
-        beta=None,                 # Z-1 weights of the foreground classes, sum 1; None: 0.314, 0.685 for Z = 3, else equal
+        beta=None,  # Z-1 weights of the foreground classes, sum 1; None: 0.314, 0.685 for Z = 3, else equal
         alpha:float=1.0,           # weight of the cross entropy, >= 0
         form:str="corrected",      # or "literal", as printed
         activation:str="sigmoid",  # "sigmoid": every class against the rest; "softmax"; "none": the outputs are p
@@ -134,7 +135,7 @@ class ConsistencyLoss(nn.Module):
             ratio = t*q / (t + q).clamp_min(1e-12)
             return {"bce": -self.alpha*(t*log_p[:,1:]).sum(1).mean(), "dice": -(beta[:,None]*ratio).sum(1).mean()}
         overlap, size = (p*y).sum(2)[:,1:], (p + y).sum(2)[:,1:]               # (B,Z-1)
-        if self.batch_dice: overlap, size = _SumOverProcesses.apply(torch.stack([overlap, size]).sum(1))   # (Z-1,), (Z-1,)
+        if self.batch_dice: overlap, size = _SumOverProcesses.apply(torch.stack([overlap, size]).sum(1))  # (Z-1,), (Z-1,)
         dice = (2*overlap + self.smooth) / (size + self.smooth)
         return {"bce": -self.alpha*(y*log_p + (1 - y)*log_not).mean(), "dice": (beta*(1 - dice)).sum(-1).mean()}
 
@@ -170,8 +171,8 @@ def class_fractions(
         counts += torch.bincount(y.flatten().long(), minlength=classes).cpu()
     absent = (counts == 0).nonzero().flatten().tolist()
     if absent:
-        raise LabelError("a class is absent from all labels", found=f"no pixel of class {', '.join(map(str, absent))}", expected=f"0 to {classes-1}, each somewhere",
-                         fix="lower classes, or add a case that has it: its mass would be priced down to nothing")
+        raise LabelError("a class is absent from all labels", found=f"no pixel of class {', '.join(map(str, absent))}",
+                         expected=f"0 to {classes-1}, each somewhere", fix="lower classes, or add a case that has it: its mass would be priced down to nothing")
     return counts.double() / counts.sum()
 
 # %% ../../nbs/losses/01_lagrangian.ipynb #c031
@@ -181,7 +182,8 @@ def _check_bounds(bounds, classes, activation):
     if not 0 <= low <= high <= 1:
         raise MedsegError("constraint (1) cannot be met: l <= p <= u", found=f"l={low}, u={high}", expected="0 <= l <= u <= 1")
     if activation == "softmax" and (classes-1)*low > 1:
-        raise MedsegError("constraint (1) cannot be met: the classes share a sum of 1", found=f"l={low} for {classes-1} classes", expected=f"l <= {1/(classes-1):.3g}")
+        raise MedsegError("constraint (1) cannot be met: the classes share a sum of 1", found=f"l={low} for {classes-1} classes",
+                          expected=f"l <= {1/(classes-1):.3g}")
 
 def _check_mass(mass, bounds, classes, activation):
     "S as 'target', None or Z-1 floats; raises `MedsegError` where constraint (2) cannot be met."
@@ -189,7 +191,8 @@ def _check_mass(mass, bounds, classes, activation):
     if isinstance(mass, str): raise MedsegError("mass is unknown", found=repr(mass), expected="'target', None or one share a foreground class")
     shares = tuple(float(s) for s in mass)
     if len(shares) != classes-1 or not all(0 <= s <= 1 for s in shares):
-        raise MedsegError("constraint (2) cannot be met: S is a share of the image", found=shares, expected=f"{classes-1} numbers from 0 to 1, one a foreground class")
+        raise MedsegError("constraint (2) cannot be met: S is a share of the image", found=shares,
+                          expected=f"{classes-1} numbers from 0 to 1, one a foreground class")
     if not all(bounds[0] <= s <= bounds[1] for s in shares) or (activation == "softmax" and sum(shares) > 1 + 1e-6):
         raise MedsegError("constraints (1) and (2) cannot both be met", found=f"S={shares}, l={bounds[0]}, u={bounds[1]}",
                           expected="l <= S <= u, and a sum of at most 1 with a softmax", fix="a mean of numbers from l to u lies between them")
@@ -202,14 +205,14 @@ def _mean_over_processes(value):
 
 class LDCLoss(ConsistencyLoss):
     "Eq. 2 under constraints (1) to (4), CMAformer, as the Lagrangian eq. 3 stands for; prices are buffers that `ascend` moves."
-    prices = {"upper": "mu_plus", "lower": "mu_minus", "mass": "lam", "norm": "eta", "nonnegative": "zeta"}   # constraint -> buffer
+    prices = {"upper": "mu_plus", "lower": "mu_minus", "mass": "lam", "norm": "eta", "nonnegative": "zeta"}  # constraint -> buffer
     def __init__(self,
         classes:int=3,               # Z, background included, >= 2
         bounds:tuple=(0., 1.),       # l, u of constraint (1): l <= p_i <= u in the foreground classes
-        mass="target",               # S of (2): "target": the batch's own, Z-1 shares of the image, or None: not constrained
+        mass="target",  # S of (2): "target": the batch's own, Z-1 shares of the image, or None: not constrained
         relation:str="equal",        # of the mean of p_c to s_c: "equal", "at most", "at least"
         max_norm:float|None=None,    # C of (3): ||w||^2 <= C; None: not constrained
-        weights=None,                # w of (3) where a call does not give it, e.g. model.parameters (no brackets)
+        weights=None,  # w of (3) where a call does not give it, e.g. model.parameters (no brackets)
         rate:float=0.1,              # rho of dual ascent, > 0
         augmented:float=0.0,         # c of the quadratic term, >= 0
         **base,                      # of `ConsistencyLoss`: beta, alpha, form, activation, ...
@@ -221,11 +224,14 @@ class LDCLoss(ConsistencyLoss):
             raise MedsegError("the constraints cannot be priced", found=f"rate={rate}, augmented={augmented}, max_norm={max_norm}",
                               expected="rate > 0, augmented >= 0, max_norm > 0 or None")
         self.weights, self.rate, self.augmented, self.values = weights, rate, augmented, None
-        free = self.activation == "none"                                       # only then can (4), or l = 0 and u = 1, be broken
-        binding = {"upper": bounds[1] < 1 or free, "lower": bounds[0] > 0, "mass": mass is not None, "norm": max_norm is not None, "nonnegative": free}
+        free = self.activation == "none"  # only then can (4), or l = 0 and u = 1, be broken
+        binding = {"upper": bounds[1] < 1 or free, "lower": bounds[0] > 0, "mass": mass is not None, "norm": max_norm is not None,
+                   "nonnegative": free}
         self.relations = {name: relation if name == "mass" else "at most" for name, can in binding.items() if can}
         for name, buffer in self.prices.items(): self.register_buffer(buffer, torch.zeros(() if name == "norm" else classes-1))
-    def extra_repr(self): return f"{super().extra_repr()}, bounds={self.bounds}, mass={self.mass}, constraints={self.relations}, rate={self.rate}, augmented={self.augmented}"
+    def extra_repr(self):
+        constraints = f"bounds={self.bounds}, mass={self.mass}, constraints={self.relations}"
+        return f"{super().extra_repr()}, {constraints}, rate={self.rate}, augmented={self.augmented}"
     def forward(self,
         logits:Tensor,  # (B,Z,*S), any floating type
         target:Tensor,  # (B,*S) integer class ids, or (B,Z,*S) a teacher's probabilities
@@ -244,8 +250,10 @@ class LDCLoss(ConsistencyLoss):
             p, log_p, log_not = _chances(l, self.activation)
             values = self._constraints(p[:,1:], y[:,1:], self.weights if weights is None else weights)
             self.values = {name: g.detach() for name, g in values.items()}
-            terms = {name: lagrange_term(getattr(self, self.prices[name]), g, self.relations[name], self.augmented).sum() for name, g in values.items()}
-            return {**self._eq2(p, log_p, log_not, y), **terms}
+            return {**self._eq2(p, log_p, log_not, y), **{name: self._term(name, g) for name, g in values.items()}}
+    def _term(self, name, value):
+        "What one constraint adds to the loss, summed over classes."
+        return lagrange_term(getattr(self, self.prices[name]), value, self.relations[name], self.augmented).sum()
     def _constraints(self, p, y, weights):
         "g of every constraint that can bind, from the foreground's p and y (B,Z-1,N): (Z-1,) each, 'norm' ()."
         low, high = self.bounds
@@ -256,7 +264,8 @@ class LDCLoss(ConsistencyLoss):
             s = y.mean((0, 2)).clamp(low, high) if self.mass == "target" else p.new_tensor(self.mass)
             g["mass"] = p.mean((0, 2)) - s
         if "norm" in self.relations:
-            if weights is None: raise MedsegError("constraint (3) has no weights", expected="||w||^2 <= C needs w", fix="give weights=model.parameters to the loss, or to the call")
+            if weights is None: raise MedsegError("constraint (3) has no weights", expected="||w||^2 <= C needs w",
+                                                  fix="give weights=model.parameters to the loss, or to the call")
             g["norm"] = squared_norm(weights)/self.max_norm - 1
         if "nonnegative" in self.relations: g["nonnegative"] = F.relu(-p).mean((0, 2))
         return {name: _mean_over_processes(value) for name, value in g.items()}
@@ -275,6 +284,7 @@ class LDCLoss(ConsistencyLoss):
         numbers = {self.prices[name] + (f"_{c}" if price.ndim else ""): value for name, price in prices.items()
                    for c, value in enumerate(price.reshape(-1).tolist(), 1)}
         if self.values is None: return numbers
-        residuals = kkt_residuals(gradients if gradients is not None else (), [(prices[name], g, self.relations[name]) for name, g in self.values.items()])
+        constraints = [(prices[name], g, self.relations[name]) for name, g in self.values.items()]
+        residuals = kkt_residuals(gradients if gradients is not None else (), constraints)
         if gradients is None: del residuals["stationarity"]
         return {**numbers, **{f"kkt_{name}": value for name, value in residuals.items()}}
