@@ -209,10 +209,10 @@ class LDCLoss(ConsistencyLoss):
     def __init__(self,
         classes:int=3,               # Z, background included, >= 2
         bounds:tuple=(0., 1.),       # l, u of constraint (1): l <= p_i <= u in the foreground classes
-        mass="target",  # S of (2): "target": the batch's own, Z-1 shares of the image, or None: not constrained
+        mass="target",               # S of (2): "target": the batch's own, Z-1 shares of the image, or None: not constrained
         relation:str="equal",        # of the mean of p_c to s_c: "equal", "at most", "at least"
         max_norm:float|None=None,    # C of (3): ||w||^2 <= C; None: not constrained
-        weights=None,  # w of (3) where a call does not give it, e.g. model.parameters (no brackets)
+        weights=None,                # w of (3) where a call does not give it, e.g. model.parameters (no brackets)
         rate:float=0.1,              # rho of dual ascent, > 0
         augmented:float=0.0,         # c of the quadratic term, >= 0
         **base,                      # of `ConsistencyLoss`: beta, alpha, form, activation, ...
