@@ -137,7 +137,7 @@ class ConsistencyLoss(nn.Module):
         overlap, size = (p*y).sum(2)[:,1:], (p + y).sum(2)[:,1:]               # (B,Z-1)
         if self.batch_dice: overlap, size = _SumOverProcesses.apply(torch.stack([overlap, size]).sum(1))  # (Z-1,), (Z-1,)
         dice = (2*overlap + self.smooth) / (size + self.smooth)
-        return {"bce": -self.alpha*(y*log_p + (1 - y)*log_not).mean(), "dice": (beta*(1 - dice)).sum(-1).mean()}
+        return {"bce": -self.alpha*torch.lerp(log_not, log_p, y).mean(), "dice": (beta*(1 - dice)).sum(-1).mean()}
 
 # %% ../../nbs/losses/01_lagrangian.ipynb #c030
 def lagrange_term(
