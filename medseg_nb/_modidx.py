@@ -1776,6 +1776,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'medseg_nb/training/supervised.py'),
                                                'medseg_nb.training.supervised.poly_rate': ( 'training/supervised.html#poly_rate',
                                                                                             'medseg_nb/training/supervised.py'),
+                                               'medseg_nb.training.supervised.read_history': ( 'training/supervised.html#read_history',
+                                                                                               'medseg_nb/training/supervised.py'),
                                                'medseg_nb.training.supervised.read_tensors': ( 'training/supervised.html#read_tensors',
                                                                                                'medseg_nb/training/supervised.py'),
                                                'medseg_nb.training.supervised.readers': ( 'training/supervised.html#readers',

@@ -7,7 +7,6 @@ __all__ = ['balanced_plan', 'MultimodalRecipe', 'MultimodalData', 'MultimodalSes
 
 # %% ../../nbs/training/01_multimodal.ipynb #c002
 import itertools
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +14,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import CheckpointError, DatasetError, MedsegError, ShapeError, set_seed
+from ..core import CheckpointError, MedsegError, ShapeError, set_seed
 from ..data.collections import load_collection
 from ..data.modalities import PREPARATIONS, MultiModal, split_modalities
-from ..data.slices import Preparation
 from ..losses.semantic_consistency import structured_losses
 from ..models.lssc import LSSC, OneModality
-from ..models.zoo import build_model, load_model, load_weights, read_config, save_model
+from ..models.zoo import build_model, load_model, load_weights, read_config, save_model, takes_modalities
 from .supervised import (Recipe, Run, Session, TrainingData, batch_plan, carry_out, check_classes, check_folder, describe_run,
-                                           make_accelerator, readers, stream, suggest_frame)
+                                           make_accelerator, read_history, readers, stream, suggest_frame)
 
 # %% ../../nbs/training/01_multimodal.ipynb #c009
 def balanced_plan(
@@ -200,7 +198,7 @@ def new_multimodal_session(
     with accelerator.main_process_first(): prepared = MultimodalData(data, recipe, cache)
     if isinstance(model, str):
         set_seed(recipe.seed)
-        more = dict(setting=setting, modalities=tuple(data.modalities)) if model.startswith("lssc") else {}
+        more = dict(setting=setting, modalities=tuple(data.modalities)) if takes_modalities(model) else {}
         model = build_model(model, prepared.in_channels, prepared.classes, size=recipe.size, spatial_dims=recipe.dims, **more)
     check_network(model, data.modalities)
     description = describe_modalities(model, data, prepared, recipe)
@@ -250,10 +248,7 @@ def load_multimodal(
     if not has_modalities(folder):
         raise CheckpointError("is a run of one collection", file=folder, fix="use load_run")
     model = load_model(folder) if model is None else load_weights(model, folder/"model.safetensors").eval()
-    try: history = pd.read_csv(folder/"metrics.csv")
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise CheckpointError(f"cannot be read ({error})", file=folder/"metrics.csv", fix="call train_multimodal again with resume=True") from error
-    return MultimodalRun(folder, model, history, find_collections(config), MultimodalRecipe.from_dict(config["recipe"]), config["split"])
+    return MultimodalRun(folder, model, read_history(folder), find_collections(config), MultimodalRecipe.from_dict(config["recipe"]), config["split"])
 
 def find_collections(
     config:dict,  # a run's config.json

@@ -5,7 +5,7 @@ __all__ = ['suggest_frame', 'Recipe', 'stream', 'batch_plan', 'poly_rate', 'make
            'write_tensors', 'read_tensors', 'optimiser_tensors', 'fill_optimiser', 'Run', 'TrainingData',
            'dice_of_case', 'deepest_side', 'autocast_type', 'check_classes', 'Session', 'Meter', 'make_augment',
            'describe_run', 'check_same_run', 'check_folder', 'epochs_within', 'start_run', 'write_records',
-           'fit_to_end', 'carry_out', 'make_accelerator', 'new_session', 'readers', 'train', 'load_run']
+           'fit_to_end', 'carry_out', 'make_accelerator', 'new_session', 'readers', 'train', 'read_history', 'load_run']
 
 # %% ../../nbs/training/00_supervised.ipynb #c002
 import copy
@@ -704,6 +704,15 @@ def train(
     carry_out(session, folder)
     return Run(folder, session.bare, pd.DataFrame(session.history), collection, recipe, session.data.split)
 
+def read_history(
+    folder:Path,     # of a run
+) -> pd.DataFrame:   # a row per epoch
+    "metrics.csv; raises `CheckpointError` where it cannot be read."
+    try: return pd.read_csv(folder/"metrics.csv")
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise CheckpointError(f"cannot be read ({error})", file=folder/"metrics.csv",
+                              fix="call train again with resume=True") from error
+
 def load_run(
     folder,           # of a finished or a running run
     collection=None,  # its collection; None looks where it was
@@ -714,8 +723,4 @@ def load_run(
     model = load_model(folder) if model is None else load_weights(model, folder/"model.safetensors").eval()
     path = Path(config["collection"]["path"])
     if collection is None and path.is_dir(): collection = load_collection(path, check=False)
-    try: history = pd.read_csv(folder/"metrics.csv")
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise CheckpointError(f"cannot be read ({error})", file=folder/"metrics.csv",
-                              fix="call train again with resume=True") from error
-    return Run(folder, model, history, collection, Recipe.from_dict(config["recipe"]), config["split"])
+    return Run(folder, model, read_history(folder), collection, Recipe.from_dict(config["recipe"]), config["split"])
