@@ -48,7 +48,7 @@ def test_predict_a_folder_with_a_broken_file(run, capsys, tmp_path):
     (folder/"aaa_broken.nii.gz").write_bytes(b"not gzip")
     assert main(["predict", str(run/"run"), str(folder), "--out", str(tmp_path/"masks")]) == 2
     out, err = capsys.readouterr()
-    assert "2 of 3" in out and "aaa_broken" in err and err.strip().count("\n") == 0
+    assert "2 of 3" in out and "aaa_broken" in err and err.count("medseg: ") == 1    # bars may stand before it, on a slow machine
     assert len(list((tmp_path/"masks").glob("*.nii.gz"))) == 2
 
 
