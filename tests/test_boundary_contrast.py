@@ -71,7 +71,8 @@ def test_empty_and_full():
 
 
 @pytest.mark.parametrize("shape, spacing, dims, space", [((2, 3, 8, 9), None, None, 2), ((2, 3, 6, 5, 4), None, None, 3), ((4, 8, 9), None, 2, 2),
-                                                         ((4, 8, 9), (1, 2), None, 2), ((2, 6, 5, 4), (1, 1, 3), None, 3), ((7, 8), None, None, 2), ((6, 7, 5), None, None, 3)])
+                                                         ((4, 8, 9), (1, 2), None, 2),
+                                                         ((2, 6, 5, 4), (1, 1, 3), None, 3), ((7, 8), None, None, 2), ((6, 7, 5), None, None, 3)])
 def test_batches_and_classes_are_independent(shape, spacing, dims, space):
     masks = np.random.default_rng(0).random(shape) < .5
     maps = signed_distance_map(masks, spacing, dims)
@@ -101,7 +102,8 @@ def test_the_mask_is_left_alone():
     (ShapeError, lambda: signed_distance_map(np.ones((4, 4), bool), dims=3)), (ShapeError, lambda: signed_distance_map(np.ones((4, 4), bool), dims=1)),
     (ShapeError, lambda: signed_distance_map(np.ones((4, 4), bool), spacing=1.)),
     (ShapeError, lambda: signed_distance_map(np.ones((2,)*6, bool))),
-    (GeometryError, lambda: signed_distance_map(np.ones((4, 4), bool), (1, 0))), (GeometryError, lambda: signed_distance_map(np.ones((4, 4), bool), (1, np.nan))),
+    (GeometryError, lambda: signed_distance_map(np.ones((4, 4), bool), (1, 0))),
+    (GeometryError, lambda: signed_distance_map(np.ones((4, 4), bool), (1, np.nan))),
     (GeometryError, lambda: signed_distance_map(np.ones((4, 4, 4), bool), (1, 1, 1), dims=2)),
 ])
 def test_masks_that_cannot_be_measured(error, wrong):
