@@ -12,7 +12,8 @@ import torch
 from medseg_nb.models.cmaformer import CMAformer
 
 PEER, TARGET = "timm resnet50 features", 3879/356
-ROWS = {"CMAformer": {}, 'CMAformer, cross="gate"': dict(cross="gate"), "CMAformer, cross=False": dict(cross=False), "CMAformer, vit=False, cross=False": dict(vit=False, cross=False)}
+ROWS = {"CMAformer": {}, 'CMAformer, cross="gate"': dict(cross="gate"), "CMAformer, cross=False": dict(cross=False),
+        "CMAformer, vit=False, cross=False": dict(vit=False, cross=False)}
 
 
 def main():

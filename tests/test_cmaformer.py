@@ -42,7 +42,8 @@ def test_relative_attention_equals_a_loop(size, a, b, same):
     nn.init.normal_(layer.bias_table)
     q = torch.randn(2, size[0]*size[1], 4).double()
     kv = q if same else torch.randn_like(q)
-    mine, loop = (lambda q, kv: layer(q, kv, size)), (lambda q, kv: torch.stack([loop_attention(layer, *t, size) for t in zip(q, kv, strict=True)]))
+    mine = lambda q, kv: layer(q, kv, size)
+    loop = lambda q, kv: torch.stack([loop_attention(layer, *t, size) for t in zip(q, kv, strict=True)])
     assert_same(gradients(mine, [q, kv], layer.parameters()), gradients(loop, [q, kv], layer.parameters()), 1e-9)
     torch.testing.assert_close(layer.attention(q, kv, size).sum(-1), torch.ones(2, 2, q.shape[1]).double())
 
@@ -162,8 +163,8 @@ def test_patches_know_where_they_are():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: CMAformer(0), lambda: CMAformer(classes=1), lambda: CMAformer(widths=(4, 8, 8)), lambda: CMAformer(widths=()), lambda: CMAformer(patch=0), lambda: CMAformer(layers=0),
-    lambda: CMAformer(heads=5), lambda: CMAformer(cross="both"), lambda: CMAformer(rates=()), lambda: CMAformer(rates=(0,)), lambda: CMAformer(grid=0), lambda: CMAformer(mlp_ratio=0),
+    *(lambda s=s: CMAformer(**s) for s in (dict(in_channels=0), dict(classes=1), dict(widths=(4, 8, 8)), dict(widths=()), dict(patch=0), dict(layers=0),
+                                           dict(heads=5), dict(cross="both"), dict(rates=()), dict(rates=(0,)), dict(grid=0), dict(mlp_ratio=0))),
     lambda: ChannelAttention(4, 0), lambda: SpatialAttention(0, 4), lambda: CrossAttention(4, (), 2), lambda: ResUNetPlusPlus(classes=1), lambda: UNETR(grid=0),
     lambda: CMAformer(1, 3, **SMALL)(torch.zeros(1, 2, 8, 8)), lambda: CMAformer(1, 3, **SMALL)(torch.zeros(1, 1, 8, 8, 8)),
     lambda: CMAformer(1, 3, **SMALL)(torch.zeros(1, 1, 0, 8)), lambda: AdditiveGate(4, 3)(torch.zeros(2, 4, 2, 2), torch.zeros(2, 3, 2, 3)),

@@ -91,7 +91,8 @@ class SwinUNETR(nn.Module):
         _check(in_channels, classes)
         if width < 12 or width % 12: raise ShapeError("width does not fit", found=width, expected="a multiple of 12")
         from monai.networks.nets import SwinUNETR as Network
-        self.network, self.in_channels = Network(in_channels=in_channels, out_channels=classes, feature_size=width, depths=depths, num_heads=heads), in_channels
+        with torch.device("cpu"): network = Network(in_channels=in_channels, out_channels=classes, feature_size=width, depths=depths, num_heads=heads)
+        self.network, self.in_channels = network.to(torch.get_default_device()), in_channels   # MONAI reads numbers while it builds: a meta device has none
     def forward(self,
         x:Tensor,        # (B,in_channels,*S)
         aux:bool=False,  # also give an output with empty losses and maps
