@@ -12,6 +12,8 @@ from medseg_nb.models import build_model, list_models, list_settings, load_model
 
 SMALL = dict(widths=(4, 8, 8), dim=16, codebook_size=8, width=16, mlp=32, layers=2, grid=3, decoder_skip_width=4)
 OWN = {"swin-unet": dict(width=8, depths=(2, 1, 2), heads=(1, 2, 4), window=3),
+       "cmaformer": dict(widths=(4, 8, 8, 8), layers=1, heads=2), "resunet++": dict(widths=(4, 8, 8, 8)),
+       "swin-unetr": dict(width=12, depths=(1, 1, 1, 1)), "unetr": dict(width=16, heads=2, features=2, grid=2),
        "nnformer": dict(width=4, heads=(1, 2, 2, 4), windows=(2, 2, 3, 2), patch=(4, 4, 2))}
 OWN |= {f"lssc-{d}d": OWN[name] | dict(setting="backbone") for d, name in ((2, "swin-unet"), (3, "nnformer"))}   # tests/test_lssc.py has the others
 SIDES = {2: (24, 24), 3: (64, 64, 32)}   # two tokens a side at the bottom

@@ -43,12 +43,13 @@ def join_windows(
 # %% ../../nbs/blocks/08_window_attention.ipynb #c012
 def relative_position_index(
     window:tuple,           # sides of a window
-    table:tuple|None=None,  # sides of the window the table was made for, at least as large; None: the same
+    table:tuple|None=None,  # sides of the window the table was made for; None: the same
 ) -> Tensor:                # (n,n) int64, entry (i,j) is the row of offset i-j in a table of prod(2*side-1) rows
-    "Which row of the bias table serves a pair of positions; a smaller window uses the middle of a larger table."
+    "Which row of the bias table serves a pair of positions; a smaller window uses the middle of the table, a larger one its border for far pairs."
     table = table or window
     at = torch.stack(torch.meshgrid(*[torch.arange(w) for w in window], indexing="ij"), -1).flatten(0, -2)  # (n,d)
-    offset = at[:, None] - at + torch.tensor(table) - 1                                                    # (n,n,d) >= 0
+    offset = at[:, None] - at + torch.tensor(table) - 1                                                    # (n,n,d)
+    offset = torch.minimum(offset.clamp(min=0), 2*torch.tensor(table) - 2)                                 # far offsets share the outermost rows
     steps = [prod(2*t - 1 for t in table[a+1:]) for a in range(len(table))]
     return (offset * torch.tensor(steps)).sum(-1)
 

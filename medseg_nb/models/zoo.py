@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from ..blocks.vector_quantization import VectorQuantizer
 from ..core import CheckpointError, MedsegError, ShapeError, write_atomically
+from .cmaformer import CMAformer
+from .cmaformer_peers import UNETR, ResUNetPlusPlus, SwinUNETR
 from .encoder_decoder import EncoderDecoder, IdentityBottleneck, ResidualEncoder, TimmEncoder, UNetDecoder
 from .l2gnet import L2GBottleneck
 from .lssc import LSSC, LSSC2D, LSSC3D
@@ -81,6 +83,8 @@ _HYBRID = dict(paper=dict(encoder="r50-hybrid"), teach=dict(width=128, heads=4, 
 _SWIN = dict(teach=dict(width=16, heads=(1, 2, 4, 8), window=4, patch=2, drop_path=0.0, init_std=None))
 _NNFORMER = dict(both=dict(deep_supervision=False), paper=NNFORMER_SIZES["synapse"], teach=NNFORMER_SIZES["teach"],
                  window={"paper": (128, 128, 64), "teach": (48, 48, 24)})
+_UNETR = dict(window={"paper": (96, 96, 96), "teach": (48, 48, 24)})   # MONAI's
+_CMAFORMER = dict(window={"paper": (512, 512), "teach": (224, 224)})
 _MODELS = {
     "unet-r50": Parts(),
     "attunet-r50": Parts(decoder=AttentionDecoder),
@@ -99,6 +103,10 @@ _MODELS = {
     "l2gnet-4ref": Parts(L2GBottleneck, both=dict(heads=4), paper=dict(codebook_size=512), teach=dict(anchors=64)),
     "swin-unet": Whole(SwinUNet, (2,), **_SWIN),
     "nnformer": Whole(NNFormer, (3,), **_NNFORMER),
+    "cmaformer": Whole(CMAformer, (2,), teach=dict(widths=(16, 32, 48, 64), layers=1, heads=4, mlp_ratio=2., grid=8, rates=(1, 2, 4)), **_CMAFORMER),
+    "resunet++": Whole(ResUNetPlusPlus, (2,), teach=dict(widths=(16, 32, 64, 64), rates=(1, 2, 4)), **_CMAFORMER),
+    "swin-unetr": Whole(SwinUNETR, (3,), teach=dict(width=12, depths=(1, 1, 1, 1)), **_UNETR),
+    "unetr": Whole(UNETR, (3,), teach=dict(width=96, heads=4, mlp=192, features=8, grid=2), **_UNETR),
     "lssc-2d": Whole(LSSC2D, (2,), **_SWIN),
     "lssc-3d": Whole(LSSC3D, (3,), **_NNFORMER),
 }
