@@ -71,8 +71,8 @@ def test_block_by_its_own_formula():
 
 @given(st.integers(1, 40), st.integers(1, 3))
 @settings(max_examples=20, deadline=None)
-def test_channel_attention_never_falls_silent(channels, dims):
-    "Of every pair of hidden units one speaks, whatever the image: some gradient arrives."
+def test_channel_attention_does_not_start_silent(channels, dims):
+    "Of every pair of hidden units one speaks at the start, whatever the image: some gradient arrives."
     layer, x = ChannelAttention(channels, 1), torch.randn(2, channels, *(3,)*dims)
     weights = layer.weights(x)
     assert ((weights > 0) & (weights < 1)).all() and torch.equal(layer(x), x*weights.view(2, channels, *(1,)*dims))
