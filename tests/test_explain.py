@@ -23,10 +23,10 @@ from medseg_nb.explain.codes_and_attention import (
     token_at,
     token_centre,
 )
-from medseg_nb.explain.gradcam import METHODS, cam_score, grad_cam
+from medseg_nb.explain.gradcam import METHODS, cam_score, find_layer, grad_cam
 from medseg_nb.explain.report import command_of, rank_cases, score_run, shown_image, write_report
 from medseg_nb.explain.viewer import best_plane, cut, draw_slice, make_scene, view_volume
-from medseg_nb.models.zoo import build_model, list_models, list_settings, model_dims
+from medseg_nb.models.zoo import build_model, list_models, list_settings, model_dims, takes_modalities
 from medseg_nb.training.supervised import Recipe, load_run, train
 
 
@@ -140,10 +140,16 @@ def test_networks_of_another_shape_have_maps_too(name):
     set_seed(0)
     sides = (34, 40, 20)[:model_dims(name)[0]]
     model = build_model(name, 1, 3, size="teach")
-    model = model.network if hasattr(model, "network") else model
-    for layer in ("encoder:0", "encoder", *(("decoder",) if len(sides) == 2 else ())):    # nnFormer's decoder keeps its channels last
+    model = model.network if takes_modalities(name) else model
+    decoder = ("decoder",) if len(sides) == 2 else ()                                     # nnFormer's keeps its channels last
+    for layer in ("encoder:0", "encoder", *decoder) if hasattr(model, "encoder") else ("bottleneck",):
         cam = grad_cam(model, torch.randn(1, 1, *sides), 1, layer, mask=np.ones(sides))
         assert cam.shape == sides and np.isfinite(cam).all()
+
+
+@pytest.mark.parametrize("name", [n for n in list_models() if not takes_modalities(n)])
+def test_every_model_has_the_layer_a_report_looks_at(name):
+    assert find_layer(build_model(name, 1, 3, size="teach"), "bottleneck")[1] == -1
 
 
 def test_three_dimensions_frozen_weights_and_bad_requests():

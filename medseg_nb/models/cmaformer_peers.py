@@ -93,6 +93,10 @@ class SwinUNETR(nn.Module):
         from monai.networks.nets import SwinUNETR as Network
         with torch.device("cpu"): network = Network(in_channels=in_channels, out_channels=classes, feature_size=width, depths=depths, num_heads=heads)
         self.network, self.in_channels = network.to(torch.get_default_device()), in_channels   # MONAI reads numbers while it builds: a meta device has none
+    @property
+    def bottleneck(self) -> nn.Module:
+        "What makes the coarsest map: where a picture of the evidence looks."
+        return self.network.encoder10
     def forward(self,
         x:Tensor,        # (B,in_channels,*S)
         aux:bool=False,  # also give an output with empty losses and maps
@@ -119,6 +123,10 @@ class UNETR(nn.Module):
         from monai.networks.nets import UNETR as Network
         self.network, self.in_channels, self.grid = Network(in_channels, classes, (16*grid,)*3, features, width, mlp, heads), in_channels, grid
         for block in self.network.vit.blocks: block.norm_cross_attn = nn.Identity()       # nothing reads it
+    @property
+    def bottleneck(self) -> nn.Module:
+        "What makes the first map behind the Transformer: where a picture of the evidence looks."
+        return self.network.decoder5
     def tokens(self,
         x:Tensor,   # (B,in_channels,*S), sides multiples of 16
     ) -> list:      # of (B,width,*S/16): after every layer, and normalised at the end

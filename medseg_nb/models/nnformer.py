@@ -130,6 +130,10 @@ class NNFormer(nn.Module):
         stages = zip(*stages, rising_rates(drop_path, depths[:last][::-1]), strict=True)
         self.decoder = nn.ModuleList(WindowStage(*s, cross=True, mlp_ratio=mlp_ratio) for s in stages)
         self.heads = nn.ModuleList(nn.ConvTranspose3d(channels[i], classes, patch, patch) for i in reversed(range(last if deep_supervision else 1)))
+    @property
+    def bottleneck(self) -> nn.Module:
+        "What makes the coarsest map, the last of the encoder's: where a picture of the evidence looks."
+        return self.encoder
 
     def decode(self,
         features:list,  # what the encoder gave
