@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['suggest_frame', 'Recipe', 'stream', 'batch_plan', 'poly_rate', 'make_loss', 'make_optimiser', 'RunningAverage',
-           'write_tensors', 'read_tensors', 'optimiser_tensors', 'fill_optimiser', 'Run', 'TrainingData',
-           'dice_of_case', 'deepest_side', 'autocast_type', 'check_classes', 'Session', 'Meter', 'make_augment',
-           'describe_run', 'check_same_run', 'check_folder', 'epochs_within', 'start_run', 'write_records',
-           'fit_to_end', 'carry_out', 'make_accelerator', 'new_session', 'readers', 'train', 'read_history', 'load_run']
+           'write_tensors', 'read_tensors', 'optimiser_tensors', 'fill_optimiser', 'Run', 'make_samples',
+           'TrainingData', 'count_overlap', 'dice_of_case', 'deepest_side', 'autocast_type', 'check_classes', 'Session',
+           'Meter', 'make_augment', 'describe_run', 'check_same_run', 'check_folder', 'epochs_within', 'start_run',
+           'write_records', 'fit_to_end', 'carry_out', 'make_accelerator', 'new_session', 'readers', 'train',
+           'read_history', 'load_run']
 
 # %% ../../nbs/training/00_supervised.ipynb #c002
 import copy
@@ -158,10 +159,15 @@ class Recipe:
     def from_dict(cls,
         values:dict,  # what dataclasses.asdict gave
     ) -> "Recipe":
-        "The recipe in config.json; raises `MedsegError` for unknown fields."
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown: raise MedsegError("not a recipe", found=sorted(unknown), expected="the fields of Recipe")
-        return cls(**values)
+        "The recipe in config.json, of the kind that has these fields; raises `MedsegError` for unknown ones."
+        unknown = {kind: set(values) - {f.name for f in fields(kind)} for kind in (cls, *cls.__subclasses__())}
+        for kind, names in unknown.items():
+            if not names: return kind(**values)
+        raise MedsegError("not a recipe", found=sorted(unknown[cls]), expected="the fields of Recipe")
+
+    def carried_out_by(self) -> tuple:
+        "How its data are read and its steps are taken: two classes."
+        return TrainingData, Session
 
     def preparation(self) -> Preparation:
         "What is done to a volume before the model sees it."
@@ -255,7 +261,6 @@ def read_tensors(
         raise CheckpointError(f"cannot be read ({error})", file=path,
                               fix="it is damaged: delete the run's folder, or train into another") from error
 
-def _prefixed(name, tensors): return {f"{name}.{k}": v for k, v in tensors.items()}
 def _below(name, tensors): return {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
 
 def optimiser_tensors(
@@ -301,6 +306,18 @@ class Run:
         "The cases of one part of the split."
         return [self.collection.case(id) for id in self.split[part]]
 
+def make_samples(
+    collection:Collection,
+    cases:list,             # of Case
+    recipe:Recipe,
+    cache=None,             # as in TrainingData
+    labels:bool=True,       # False: images only
+) -> SliceDataset | PatchDataset:
+    "What a recipe fits on: slices, or windows."
+    if recipe.dims == 2: return SliceDataset(collection, cases, recipe.preparation(), recipe.crop, cache, labels)
+    return PatchDataset(collection, cases, recipe.preparation(), per_case=recipe.per_case, foreground=recipe.foreground,
+                        seed=recipe.seed, cache=cache, labels=labels)
+
 class TrainingData:
     "Samples to fit on, cases to validate on, and how they were divided; raises `DatasetError`."
     def __init__(self,
@@ -314,13 +331,20 @@ class TrainingData:
         self.names = {int(i): name for i, name in collection.classes.items()}
         self.classes, self.preparation = max(self.names) + 1, preparation
         self.in_channels = len(collection.channels) * (2*recipe.neighbours + 1)
-        if recipe.dims == 2: self.samples = SliceDataset(collection, parts["train"], preparation, recipe.crop, cache)
-        else: self.samples = PatchDataset(collection, parts["train"], preparation, per_case=recipe.per_case,
-                                          foreground=recipe.foreground, seed=recipe.seed, cache=cache)
+        self.samples = make_samples(collection, parts["train"], recipe, cache)
         self.window = self.samples.patch if recipe.dims == 3 else (self.samples.size,)*2
         judges, wanted = parts["validation"], recipe.validation_cases or len(parts["validation"])
         judges = [judges[int(i)] for i in np.linspace(0, len(judges)-1, min(wanted, len(judges)))]
         self.validation = prepare_cases(collection, judges, preparation, cache) if judges else []
+
+def count_overlap(
+    found:Tensor,   # any shape, int64 class ids
+    truth:Tensor,   # the same shape
+    classes:int,    # Z, background included
+) -> Tensor:        # (2,Z-1) float64: voxels in both, and voxels of the one plus voxels of the other
+    "What Dice of each foreground class is made of."
+    pairs = torch.bincount((truth*classes + found).flatten(), minlength=classes**2).view(classes, classes).double()
+    return torch.stack([pairs.diagonal(), pairs.sum(0) + pairs.sum(1)])[:, 1:]
 
 def dice_of_case(
     model:nn.Module,          # in eval mode
@@ -333,9 +357,8 @@ def dice_of_case(
     x = np.asarray(case.open_image(), np.float32).transpose(1, 2, 3, 0)            # (Z,C,X,Y) -> (C,X,Y,Z)
     truth = torch.from_numpy(np.array(case.open_label()).transpose(1, 2, 0)).long()  # (Z,X,Y) -> (X,Y,Z)
     found = predict_probabilities(model, x, preparation, classes, device=device).argmax(0)
-    found = torch.as_tensor(found).long()
-    pairs = torch.bincount((truth*classes + found).flatten(), minlength=classes**2).view(classes, classes).double()
-    return (2*pairs.diagonal() / (pairs.sum(0) + pairs.sum(1)))[1:]
+    shared, either = count_overlap(torch.as_tensor(found).long(), truth, classes)
+    return 2*shared / either
 
 # %% ../../nbs/training/00_supervised.ipynb #c023
 def deepest_side(
@@ -385,7 +408,7 @@ class Session:
         self.model = accelerator.prepare_model(self.bare)
         self.optimiser = make_optimiser(self.bare.parameters(), recipe)
         self.criterion, self.augment = make_loss(recipe, check_labels=False), make_augment(recipe)
-        self.type = autocast_type(recipe.precision, accelerator.device, deepest_side(model, data.window))
+        self.type = autocast_type(recipe.precision, accelerator.device, deepest_side(self.kept(self.bare), data.window))
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.type == torch.float16)
         self.has_aux = "aux" in inspect.signature(model.forward).parameters
         self.epoch, self.epochs, self.best, self.history = 0, recipe.epochs, -1.0, []
@@ -398,10 +421,13 @@ class Session:
     def steps(self) -> int:
         "Steps of an epoch."
         return len(batch_plan(len(self.data.samples), self.recipe.batch_size, processes=self.rank[1]))
+    def kept(self, model:nn.Module) -> nn.Module:
+        "What of a model is validated, written and used: all of it, unless parts serve training alone."
+        return model
     @property
     def judged(self) -> nn.Module:
-        "The weights that are validated and saved."
-        return self.average.model if self.average else self.bare
+        "The weights that are validated and written."
+        return self.kept(self.average.model if self.average else self.bare)
 
     def batches(self) -> DataLoader:
         "This process's batches of the current epoch, in an order that depends only on seed and epoch."
@@ -414,10 +440,11 @@ class Session:
         return DataLoader(samples, batch_sampler=plan, num_workers=self.workers, generator=torch.Generator(),
                           pin_memory=self.accelerator.device.type == "cuda")
 
-    def run_model(self, x):
-        "What the model gives, in the number format of the run."
+    def run_model(self, x, model:nn.Module|None=None):
+        "What the model, or another of its kind, gives in the number format of the run."
+        model = self.model if model is None else model
         with torch.autocast(self.accelerator.device.type, self.type) if self.type else nullcontext():
-            return self.model(x, aux=True) if self.has_aux else self.model(x)
+            return model(x, aux=True) if self.has_aux else model(x)
 
     def losses(self, x, y) -> dict:  # name -> ()
         "The parts of L_seg, the model's own losses, 'total' = L_seg + aux_weight * L_quant, and the use of codes."
@@ -438,13 +465,17 @@ class Session:
         "One update of the weights; the losses, detached."
         generator = torch.Generator(self.accelerator.device).manual_seed(stream(self.recipe.seed, 1, number, self.rank[0]))
         losses = self.losses(*self.ready(x, y, generator))
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["total"]).backward()
-        self.scaler.unscale_(self.optimiser)
-        if self.recipe.clip: nn.utils.clip_grad_norm_(self.bare.parameters(), self.recipe.clip)
-        self.scaler.step(self.optimiser); self.scaler.update()
+        self.descend(losses["total"])
         if self.average: self.average.update(self.bare, number)
         return {k: v.detach() for k, v in losses.items()}
+
+    def descend(self, loss:Tensor) -> None:
+        "One step of the optimiser down the gradient of the loss, clipped."
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)
+        self.slope = nn.utils.clip_grad_norm_(self.bare.parameters(), self.recipe.clip or torch.inf)   # its norm before
+        self.scaler.step(self.optimiser); self.scaler.update()
 
     def run_epoch(self, bar) -> dict:
         "All steps of one epoch; the mean of each loss."
@@ -478,11 +509,15 @@ class Session:
         dice = self.judge(self.judged, self.data)
         return {"val_dice": torch.tensor([*dice.values()]).double().nanmean().item(), **{f"val_dice_{name}": v for name, v in dice.items()}}
 
+    def notes(self) -> dict:  # column -> number
+        "What else a row of metrics.csv says about the epoch that has ended."
+        return {}
+
     def advance(self, bar, folder:Path) -> None:
         "One epoch from start to files: fit, validate, note, save."
         means = self.run_epoch(bar)
         row = {"epoch": self.epoch + 1, "step": (self.epoch + 1)*self.steps, "lr": self.optimiser.param_groups[0]["lr"]}
-        row |= {k if k in ("perplexity", "usage") else f"loss_{k}": v for k, v in means.items()}
+        row |= {k if k in ("perplexity", "usage") else f"loss_{k}": v for k, v in means.items()} | self.notes()
         self.epoch += 1
         due = self.epoch % self.recipe.validate_every == 0 or self.epoch == self.epochs
         if due: row |= self.validate()
@@ -490,13 +525,17 @@ class Session:
         if self.accelerator.is_main_process: self.save(folder, row.get("val_dice") if due else None)
         self.accelerator.wait_for_everyone()
 
+    def modules(self) -> dict:  # name in the file -> module
+        "Everything with weights or buffers that a run is taken up again from."
+        return {"model": self.bare} | ({"average": self.average.model} if self.average else {})
+
     def save(self, folder:Path, score=None) -> None:
         "Best weights first, then the state that knows of them, then the table made from it."
         if score is not None and (score > self.best or self.best < 0):     # a first score of nan is kept as 0
             self.best = float(np.nan_to_num(score))
             write_tensors(folder/"model.safetensors", self.judged.state_dict())
-        tensors = _prefixed("model", self.bare.state_dict()) | _prefixed("optimiser", optimiser_tensors(self.optimiser))
-        if self.average: tensors |= _prefixed("average", self.average.model.state_dict())
+        tensors = {f"{name}.{k}": v for name, module in self.modules().items() for k, v in module.state_dict().items()}
+        tensors |= {f"optimiser.{k}": v for k, v in optimiser_tensors(self.optimiser).items()}
         facts = {"epoch": self.epoch, "epochs": self.epochs, "best": self.best, "history": self.history,
                  "scaler": self.scaler.state_dict(), "config": self.config}
         write_tensors(folder/"state.safetensors", tensors, facts)
@@ -512,8 +551,7 @@ class Session:
         tensors, facts = read_tensors(folder/"state.safetensors")
         check_same_run(facts.get("config", {}), self.config, folder)
         self.epoch, self.epochs, self.best, self.history = (facts[k] for k in ("epoch", "epochs", "best", "history"))
-        self.bare.load_state_dict(_below("model", tensors))
-        if self.average: self.average.model.load_state_dict(_below("average", tensors))
+        for name, module in self.modules().items(): module.load_state_dict(_below(name, tensors))
         fill_optimiser(self.optimiser, _below("optimiser", tensors))
         if facts["scaler"]: self.scaler.load_state_dict(facts["scaler"])
 
@@ -609,7 +647,7 @@ def start_run(
 ) -> None:
     "Fix the number of epochs, and write the state before the first step."
     if session.recipe.minutes:
-        copied = copy.deepcopy(session.bare)
+        copied = copy.deepcopy(session.kept(session.bare))
         trial = type(session)(copied, session.data, session.recipe, session.accelerator)
         session.epochs = epochs_within(session.recipe.minutes, trial)
     if session.accelerator.is_main_process: session.save(folder)
@@ -644,7 +682,7 @@ def carry_out(
     session.load(folder) if saved else start_run(session, folder)
     if session.accelerator.is_main_process: write_records(session, folder)
     fit_to_end(session, folder)
-    load_weights(session.bare, folder/"model.safetensors").eval()
+    load_weights(session.kept(session.bare), folder/"model.safetensors").eval()
 
 def make_accelerator(
     given=None,  # an accelerate.Accelerator of the caller's
@@ -671,13 +709,14 @@ def new_session(
     if isinstance(model, str) and takes_modalities(model):
         raise MedsegError(f"{model} learns from several modalities", found="one collection", expected="a collection a modality",
                           fix="call train_multimodal (medseg train with --data ct=DIR,mr=DIR)")
-    with accelerator.main_process_first(): data = TrainingData(collection, recipe, cache)
+    read, kind = recipe.carried_out_by()
+    with accelerator.main_process_first(): data = read(collection, recipe, cache)
     if isinstance(model, str):
         set_seed(recipe.seed)
         model = build_model(model, data.in_channels, data.classes, size=recipe.size, spatial_dims=recipe.dims,
                             pretrained=recipe.pretrained)
     description = describe_run(model, collection, data, recipe)
-    return Session(model, data, recipe, accelerator, description, readers(workers, accelerator))
+    return kind(model, data, recipe, accelerator, description, readers(workers, accelerator))
 
 def readers(
     workers:int|None,  # as in train
