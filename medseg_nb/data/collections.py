@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['Case', 'Collection', 'read_classes', 'subject_of', 'load_collection', 'check_case', 'check_collection', 'split_cases',
-           'write_dataset_json', 'png_pairs_to_collection']
+           'labelled_cases', 'write_dataset_json', 'png_pairs_to_collection']
 
 # %% ../../nbs/data/01_collections.ipynb #c002
 import json
 import re
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -244,13 +245,15 @@ def check_collection(
 # %% ../../nbs/data/01_collections.ipynb #c024
 def split_cases(
     collection,   # a Collection
-    rule="auto",  # "file" (splits.json), "random" (70/10/20), "id-block", or "auto": file if there is one, else random
-    seed:int=0,   # of the random rule
+    rule="auto",  # "file" (splits.json), "random" (70/10/20), percent such as "80/15/5" (train/validation/test, at random),
+                  # "id-block", or "auto": file if there is one, else random
+    seed:int=0,   # of the random rules
 ) -> dict:  # {"train": [Case], "validation": [Case], "test": [Case]}
     "Divide the labelled cases so that no person is in two parts; raises `DatasetError` where a part would be empty."
     if rule == "auto": rule = "random" if collection.splits is None else "file"
     rules = {"file": _split_by_file, "random": _split_at_random, "id-block": _split_by_id}
-    if rule not in rules: raise DatasetError("no such split rule", found=rule, expected=["auto", *rules])
+    if "/" in str(rule): rules[rule] = partial(_split_at_random, percent=_percent_of(rule))
+    if rule not in rules: raise DatasetError("no such split rule", found=rule, expected=["auto", *rules, "80/15/5"])
     subjects = {case.id: subject_of(case.id, collection.group) for case in collection.cases}
     part_of = rules[rule](collection, subjects, seed)   # {case id: part}
     parts = {part: [c for c in collection.cases if part_of.get(c.id) == part] for part in _PARTS}
@@ -270,11 +273,24 @@ def _check_parts(people, path, rule):
                                fix="keep all cases of a person in one part of splits.json")
 
 # %% ../../nbs/data/01_collections.ipynb #c025
-def _split_at_random(collection, subjects, seed):
-    "20% of the people test, 10% validate, at least one each."
-    people = sorted(set(subjects.values()))
-    order = np.random.default_rng(seed).permutation(people)
-    n_test, n_val = max(1, round(0.2 * len(people))), max(1, round(0.1 * len(people)))
+def _percent_of(rule):
+    "(train, validation, test) of a rule such as 80/15/5, or a `DatasetError`."
+    match = re.fullmatch(r"(\d+)/(\d+)/(\d+)", rule) if isinstance(rule, str) else None
+    percent = tuple(map(int, match.groups())) if match else (0,)
+    if min(percent) < 1 or sum(percent) != 100:
+        raise DatasetError("the split's percentages do not add up", found=rule, expected="e.g. 80/15/5: train, validation, test, none 0, 100 together")
+    return percent
+
+def _shuffled(people, seed):
+    "The people in an order that depends on their names and the seed; raises `DatasetError` for a seed that is none."
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise DatasetError("the seed cannot be used", found=repr(seed), expected="a whole number, 0 or more")
+    return np.random.default_rng(seed).permutation(sorted(set(people)))
+
+def _split_at_random(collection, subjects, seed, percent=(70, 10, 20)):
+    "So many percent of the people train, validate and test, at least one each."
+    order = _shuffled(subjects.values(), seed)
+    n_val, n_test = (max(1, round(share/100 * len(order))) for share in percent[1:])
     part = dict.fromkeys(order[n_test+n_val:], "train") | dict.fromkeys(order[:n_test], "test")
     part |= dict.fromkeys(order[n_test:n_test+n_val], "validation")
     return {id: part[s] for id, s in subjects.items()}
@@ -296,6 +312,29 @@ def _split_by_file(collection, subjects, seed):
     return {id: part for part, ids in collection.splits.items() for id in ids}
 
 # %% ../../nbs/data/01_collections.ipynb #c028
+def _how_many(labelled, n):
+    "The number of people, of n, that `labelled` asks for; raises `DatasetError` unless both parts get one."
+    whole = isinstance(labelled, (int, np.integer)) and not isinstance(labelled, bool)
+    share = isinstance(labelled, (float, np.floating)) and 0 < labelled < 1
+    kept = int(labelled) if whole else round(float(labelled)*n) if share else 0
+    if not 1 <= kept < n:
+        raise DatasetError("the training people cannot be divided into labelled and unlabelled", found=f"{labelled!r} of {n} people",
+                           expected=f"a whole number from 1 to {n-1}, or a share between 0 and 1 that rounds to one" if n > 1 else "two people or more")
+    return kept
+
+def labelled_cases(
+    cases,        # list of Case that may train
+    labelled,     # share of the people, 0 to 1, e.g. 0.5; or a whole number of people, e.g. 2
+    seed:int=0,
+    group=None,   # of the Collection: which part of a case id names the person
+) -> tuple:       # (labelled, unlabelled), lists of Case in the order of `cases`
+    "Whose labels a semi-supervised method may use, by person; raises `DatasetError` where either list would be empty."
+    subjects = [subject_of(case.id, group) for case in cases]
+    order = _shuffled(subjects, seed)
+    kept = set(order[:_how_many(labelled, len(order))])
+    return tuple([c for c, s in zip(cases, subjects, strict=True) if (s in kept) == with_label] for with_label in (True, False))
+
+# %% ../../nbs/data/01_collections.ipynb #c031
 def write_dataset_json(
     path,             # folder of the collection
     name:str,         # what it is called
@@ -313,7 +352,7 @@ def write_dataset_json(
     with write_atomically(file) as temporary: temporary.write_text(json.dumps(info, indent=1), encoding="utf-8")
     return file
 
-# %% ../../nbs/data/01_collections.ipynb #c029
+# %% ../../nbs/data/01_collections.ipynb #c032
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 # rows of a picture run down (-y of the patient's frame) and its columns to the right (+x)
@@ -363,7 +402,7 @@ def _write_pair(id, image, mask, out, classes, threshold):
     save_volume(y[..., None], like, out/"labelsTr"/f"{id}.nii.gz")
     return x.shape[2]
 
-# %% ../../nbs/data/01_collections.ipynb #c030
+# %% ../../nbs/data/01_collections.ipynb #c033
 def png_pairs_to_collection(
     images,          # folder of pictures, searched through
     labels,          # folder of label pictures with the same stems (`_segmentation` may follow)

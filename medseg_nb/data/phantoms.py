@@ -486,7 +486,7 @@ PHANTOM_KINDS = {
     "abdomen-ct": Kind(*_BELLY, "CT", tuple(ORGANS), _draw_belly, scan_ct, _person, _all_drawn),
     "abdomen-mr": Kind(*_BELLY, "MRI", tuple(ORGANS), _draw_belly, scan_mr, _person, _all_drawn),
     "cardiac-mr": Kind((96, 96, 10), (173, 173, 100), "MRI", tuple(HEART), _draw_beat, scan_cine, _two_frames, _all_drawn),
-}   # medseg_nb.data.heads adds "head-ct" and "head-mr"
+}   # medseg_nb.data.heads adds "head-ct" and "head-mr", medseg_nb.data.liver_tumours "liver-tumour-ct"
 
 def random_stream(
     *key,  # names and numbers that identify what is drawn
@@ -587,7 +587,7 @@ def folder_atomically(
         if temporary: shutil.rmtree(temporary, ignore_errors=True)
 
 def make_phantom(
-    kind:str,     # a name of PHANTOM_KINDS: "abdomen-ct", "abdomen-mr", "cardiac-mr", "head-ct" or "head-mr"
+    kind:str,     # a name of PHANTOM_KINDS: "abdomen-ct", "abdomen-mr", "cardiac-mr", "head-ct", "head-mr" or "liver-tumour-ct"
     n_cases:int,  # how many labelled volumes
     seed:int,     # the same seed gives the same bytes
     path,         # folder to make; must not exist or be empty, unless it holds this very phantom
