@@ -26,7 +26,7 @@ from ..models.encoder_decoder import SegOutput, cut_to, interpolate
 from .multimodal import balanced_plan
 from .supervised import Recipe, Run, Session, TrainingData, batch_plan, check_classes, count_overlap, make_samples, stream, train
 
-# %% ../../nbs/training/02_semisupervised.ipynb #c003
+# %% ../../nbs/training/02_semisupervised.ipynb #c012
 class Method(NamedTuple):
     "What a way of training uses."
     everything:bool=False        # the labels of all training cases: an upper bound
@@ -46,6 +46,7 @@ METHODS = {
     "all-labels-ldc": Method(everything=True, unlabelled=False, consistency="ldc"),
 }
 
+# %% ../../nbs/training/02_semisupervised.ipynb #c015
 _SUPERVISION = ("mse", "mse+seg", "seg")
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class SemisupervisedRecipe(Recipe):
         "How its data are read and its steps are taken: two classes."
         return SemisupervisedData, SemisupervisedSession
 
-# %% ../../nbs/training/02_semisupervised.ipynb #c004
+# %% ../../nbs/training/02_semisupervised.ipynb #c018
 class SemisupervisedData(TrainingData):
     "Samples with labels, samples without, and cases to validate on; raises `DatasetError`, `LabelError`."
     def __init__(self,
@@ -141,7 +142,7 @@ def check_all_classes(
         raise LabelError("a class is absent from all labels", found=f"no voxel of {', '.join(absent)} in {len(data.labelled.prepared)} cases",
                          expected="each class somewhere", fix="label more cases (labelled), or draw others (seed)")
 
-# %% ../../nbs/training/02_semisupervised.ipynb #c005
+# %% ../../nbs/training/02_semisupervised.ipynb #c021
 _SCORES = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ class TwoHeads(nn.Module):
         sdm = cut_to(interpolate(self.distance(seen["features"]), whole), size)            # (B,Z-1,*S)
         return SegOutput(out.logits, out.losses, {**out.maps, "sdm": sdm})
 
-# %% ../../nbs/training/02_semisupervised.ipynb #c006
+# %% ../../nbs/training/02_semisupervised.ipynb #c024
 def ramp_up(
     progress:float,   # share of the run that is over, 0 to 1
     ramp:float,       # share until the weight is full
@@ -213,6 +214,7 @@ def make_consistency(
     if kind == "eq2": return ConsistencyLoss(classes, **{**shared, **{k: v for k, v in told.items() if k in inspect.signature(ConsistencyLoss).parameters}})
     return nn.MSELoss() if kind == "mse" else None
 
+# %% ../../nbs/training/02_semisupervised.ipynb #c026
 class SemisupervisedSession(Session):
     "One run of a student and its teacher."
     def __init__(self, model:nn.Module, data:SemisupervisedData, recipe:SemisupervisedRecipe, accelerator, config:dict|None=None, workers:int=0):
@@ -318,6 +320,7 @@ class SemisupervisedSession(Session):
         "As for any run, and the multipliers."
         return super().modules() | ({"multipliers": self.consistency} if isinstance(self.consistency, LDCLoss) else {})
 
+# %% ../../nbs/training/02_semisupervised.ipynb #c031
 def train_semisupervised(
     model,                          # a name of list_models(), or a network with logits (B,Z,*S)
     collection:Collection,
