@@ -81,24 +81,26 @@ def lesion_detection(
 
 # %% ../../nbs/evaluation/03_lesions.ipynb #c017
 def evaluate_lesions(
-    masks,         # folder of predicted masks, <case>.nii.gz, as `evaluate(..., save=folder)` writes them
-    collection,    # Collection of the truth
-    cases=None,    # list of Case with labels; None takes all
-    class_id:int=1,# the class whose components are lesions
-    **rule,        # overlap, measure, min_size, connectivity of `lesion_detection`
-) -> pd.DataFrame: # a row per case: case, lesions, found, false_positives, sensitivity
+    masks,               # folder of predicted masks, <case>.nii.gz, as `evaluate(..., save=folder)` writes them
+    collection,          # Collection of the truth
+    cases=None,          # list of Case with labels; None takes all
+    class_id:int=1,      # the class whose components are lesions
+    overlap:float=0.1,   # the four rules of `lesion_detection`
+    measure="cover",
+    min_size:float=0,    # mm³
+    connectivity=None,
+) -> pd.DataFrame:       # a row per case: case, lesions, found, false_positives, sensitivity
     "Lesions found and invented in every case; raises `DatasetError`, `LabelError`, `GeometryError`, or as `lesion_detection`."
-    if class_id not in collection.classes or not class_id:
-        raise LabelError("no such class", file=collection.path, found=repr(class_id), expected=f"one of {({i: n for i, n in collection.classes.items() if i})}")
+    names, rule = {i: n for i, n in collection.classes.items() if i}, (overlap, measure, min_size, connectivity)
+    if class_id not in names: raise LabelError("no such class", file=collection.path, found=repr(class_id), expected=f"one of {names}")
     rows = []
     for case in progress(with_labels(collection, cases), "counting lesions"):
-        file = Path(masks)/f"{case.id}.nii.gz"
-        pred, truth = load_label(file, collection.classes), load_label(case.label, collection.classes)
+        pred, truth = (load_label(f, collection.classes) for f in (Path(masks)/f"{case.id}.nii.gz", case.label))
         check_grids(pred, truth, case.label)
-        found = lesion_detection(np.asarray(pred.dataobj), np.asarray(truth.dataobj), class_id, spacing_of(truth), **rule)
+        found = lesion_detection(np.asarray(pred.dataobj), np.asarray(truth.dataobj), class_id, spacing_of(truth), *rule)
         rows.append({"case": case.id, **found._asdict(), "sensitivity": found.sensitivity})
     frame = pd.DataFrame(rows)
-    frame.attrs = {"class": collection.classes[class_id], **rule}
+    frame.attrs = {"class": names[class_id], "overlap": overlap, "measure": measure, "min_size": min_size, "connectivity": connectivity}
     return frame
 
 def summarise_lesions(
