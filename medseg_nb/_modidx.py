@@ -362,7 +362,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'medseg_nb.cli._add_compare': ('cli.html#_add_compare', 'medseg_nb/cli.py'),
                                'medseg_nb.cli._add_modalities': ('cli.html#_add_modalities', 'medseg_nb/cli.py'),
                                'medseg_nb.cli._add_train': ('cli.html#_add_train', 'medseg_nb/cli.py'),
-                               'medseg_nb.cli._pair': ('cli.html#_pair', 'medseg_nb/cli.py'),
+                               'medseg_nb.cli._read_pair': ('cli.html#_read_pair', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.compare_several': ('cli.html#compare_several', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.find_data': ('cli.html#find_data', 'medseg_nb/cli.py'),
                                'medseg_nb.cli.find_images': ('cli.html#find_images', 'medseg_nb/cli.py'),

@@ -166,14 +166,14 @@ def read_pairs(
     kind=str,    # of the values
 ) -> dict:
     "The pairs NAME=VALUE of an argument; raises `MedsegError`."
-    pairs = [word.partition("=") for word in text.split(",") if word]
-    try: return {name.strip(): kind(value) for name, equals, value in pairs if _pair(name, equals, value)}
+    try: return dict(_read_pair(word, kind) for word in text.split(",") if word)
     except ValueError: raise MedsegError(f"{what} does not read", found=repr(text), expected=f"NAME={'NUMBER' if kind is int else 'VALUE'}, with commas between") from None
 
-def _pair(name, equals, value):
-    "True for a pair; raises `ValueError` for half of one."
-    if name and equals and value: return True
-    raise ValueError
+def _read_pair(word, kind):
+    "NAME=VALUE as a name and a value; raises `ValueError` for half of it."
+    name, _, value = word.partition("=")
+    if not name or not value: raise ValueError(word)
+    return name.strip(), kind(value)
 
 def refuse_modalities(args) -> None:
     "Raise a `MedsegError` where a model for one collection is given what belongs to several."
