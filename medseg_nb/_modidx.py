@@ -1236,6 +1236,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'medseg_nb/losses/boundary_contrast.py'),
                                                     'medseg_nb.losses.boundary_contrast._check_alike': ( 'losses/boundary_contrast.html#_check_alike',
                                                                                                          'medseg_nb/losses/boundary_contrast.py'),
+                                                    'medseg_nb.losses.boundary_contrast._check_others': ( 'losses/boundary_contrast.html#_check_others',
+                                                                                                          'medseg_nb/losses/boundary_contrast.py'),
                                                     'medseg_nb.losses.boundary_contrast._inner_boundary': ( 'losses/boundary_contrast.html#_inner_boundary',
                                                                                                             'medseg_nb/losses/boundary_contrast.py'),
                                                     'medseg_nb.losses.boundary_contrast._signed': ( 'losses/boundary_contrast.html#_signed',
