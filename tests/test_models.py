@@ -46,6 +46,14 @@ def test_every_weight_learns(name):
     assert not silent, silent
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_other_images_are_refused(name):
+    sides = SIDES[model_dims(name)[0]]
+    with torch.device("meta"): model = small(name, in_channels=2)
+    for shape in ((1, 1, *sides), (1, 2, *sides, 4), (1, 2, 0, *sides[1:])):
+        with pytest.raises(ShapeError, match="does not fit the model.*2 channels"): model(torch.zeros(shape, device="meta"))
+
+
 @pytest.mark.parametrize("stride", (16, 32))
 @pytest.mark.parametrize("encoder", ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "efficientnet_b7"))
 def test_the_six_encoders(encoder, stride):
