@@ -1,13 +1,13 @@
 """Comparisons: same cases for all, resumable, paired tests with Holm's correction, the papers' tables beside ours, bad input refused."""
 import itertools
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from common import quiet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,14 +47,10 @@ RECIPE = Recipe(epochs=1, batch_size=4, lr=3e-3)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "Small phantom hearts, and prepared volumes kept among them; one thread, as in the child processes of other tests."
-    folder, threads = tmp_path_factory.mktemp("comparison"), torch.get_num_threads()
-    os.environ["MEDSEG_CACHE"], before = str(folder/"cache"), os.environ.get("MEDSEG_CACHE")
-    torch.set_num_threads(1)
-    make_phantom("cardiac-mr", 8, 0, folder/"hearts", shape=(32, 32, 4))
-    yield folder
-    torch.set_num_threads(threads)
-    if before is None: del os.environ["MEDSEG_CACHE"]
-    else: os.environ["MEDSEG_CACHE"] = before
+    folder = tmp_path_factory.mktemp("comparison")
+    with quiet(folder/"cache"):
+        make_phantom("cardiac-mr", 8, 0, folder/"hearts", shape=(32, 32, 4))
+        yield folder
 
 
 @pytest.fixture(scope="module")
