@@ -166,14 +166,14 @@ def read_pairs(
     kind=str,    # of the values
 ) -> dict:
     "The pairs NAME=VALUE of an argument; raises `MedsegError`."
-    pairs = [word.partition("=") for word in text.split(",") if word]
-    try: return {name.strip(): kind(value) for name, equals, value in pairs if _pair(name, equals, value)}
+    try: return dict(_read_pair(word, kind) for word in text.split(",") if word)
     except ValueError: raise MedsegError(f"{what} does not read", found=repr(text), expected=f"NAME={'NUMBER' if kind is int else 'VALUE'}, with commas between") from None
 
-def _pair(name, equals, value):
-    "True for a pair; raises `ValueError` for half of one."
-    if name and equals and value: return True
-    raise ValueError
+def _read_pair(word, kind):
+    "NAME=VALUE as a name and a value; raises `ValueError` for half of it."
+    name, _, value = word.partition("=")
+    if not name or not value: raise ValueError(word)
+    return name.strip(), kind(value)
 
 def refuse_modalities(args) -> None:
     "Raise a `MedsegError` where a model for one collection is given what belongs to several."
@@ -242,7 +242,7 @@ def plan_comparison(args, size:str):
     from medseg_nb.experiments.tables import table_plan
     if bool(args.models) == bool(args.table):
         raise MedsegError("compare needs either --models or --table", expected="e.g. --models unet-r50,synergynet-8s2h, or --table synergynet-5")
-    plan = table_plan(args.table, size) if args.table else (args.models.split(","), None, None)
+    plan = table_plan(args.table, size, args.dims) if args.table else (args.models.split(","), None, None)
     models, reference, published = as_variants(plan[0]), plan[1], plan[2]
     return models, check_reference(args.reference or reference, models), published
 
@@ -251,7 +251,9 @@ def run_compare(args) -> None:
     from dataclasses import replace
     from medseg_nb.data.collections import load_collection
     from medseg_nb.experiments.comparison import compare, publish, summary_cells
+    from medseg_nb.experiments.tables import find_table
     if (args.table or "").startswith("lssc-"): return compare_several(args)
+    if args.table: args.dims = args.dims or find_table(args.table).dims
     size = args.size or args.recipe or "teach"
     seeds, (models, reference, published) = read_seeds(args.seeds), plan_comparison(args, size)
     collection = load_collection(find_data(args.data))
@@ -314,7 +316,7 @@ def _add_compare(commands):
     p = _add(commands, "compare", run_compare, "train several models, score them on the same cases, test the differences",
              "medseg compare --models unet-r50,synergynet-8s2h --data cardiac-mr --seeds 0,1,2 --epochs 4 --out runs/comparison")
     p.add_argument("--models", default=None, help="names from `medseg models`, with commas between")
-    p.add_argument("--table", default=None, help="a table of a paper instead: synergynet-1 to -9, l2gnet-1 to -5, or peers; lssc-settings, -main, -shots or -tau with --data ct=DATA,mr=DATA")
+    p.add_argument("--table", default=None, help="a table of a paper instead: synergynet-1 to -9, l2gnet-1 to -5, cmaformer-1 to -3, or peers; lssc-settings, -main, -shots or -tau with --data ct=DATA,mr=DATA")
     p.add_argument("--data", default="cardiac-mr", help="a folder with dataset.json, a collection below MEDSEG_DATA, or a phantom kind")
     p.add_argument("--recipe", choices=("teach", "paper"), default=None, help="how the models are fitted; by default as --size")
     p.add_argument("--size", choices=("teach", "paper"), default=None, help="networks and the tables' values: a laptop's or the paper's; by default as --recipe, else teach")

@@ -1,7 +1,17 @@
-"What several files of tests use: values and gradients, their agreement, memory."
+"What several files of tests use: values and gradients, their agreement, memory, training in a process of its own."
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 import torch
 
-from medseg_nb.experiments.comparison import peak_memory
+TWO_PROCESSES = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                 "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 def gradients(f, inputs, params=(), allow_unused=False):
@@ -23,4 +33,47 @@ def assert_same(a, b, tol=1e-11):
 
 def peak(f):
     "MiB alive at once while f runs, above what was there before."
+    from medseg_nb.experiments.comparison import peak_memory
     return peak_memory(f, torch.device("cpu"))
+
+
+@contextmanager
+def one_thread():
+    "As in the child processes."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet(cache):
+    "Prepared volumes are kept in `cache`; one thread, here and in child processes."
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setenv("MEDSEG_CACHE", str(cache)); patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def run_child(script, text, job, launcher=(sys.executable,)):
+    "Write a script and run it with a job, as JSON, in a process that finds this file; what came of it."
+    Path(script).write_text(text)
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run([*launcher, str(script), json.dumps(job)], capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_step(session, number):
+    "The process kills itself at a step of a training session of this class."
+    step = session.step
+    def counted(self, x, y, n):
+        if n == number: die()
+        return step(self, x, y, n)
+    session.step = counted
+
+
+def assert_same_run(a, b):
+    "Two run folders hold the same bytes."
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    for name in ("model.safetensors", "state.safetensors", "metrics.csv", "config.json"): assert (a/name).read_bytes() == (b/name).read_bytes(), name

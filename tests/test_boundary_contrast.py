@@ -177,9 +177,11 @@ def test_the_module_is_projection_and_loop(shape, negatives):
     contrast, student, teacher = BoundaryContrast(2, negatives=negatives), maps(*shape), maps(*shape, seed=1)
     flat = [m if m.ndim == 4 else torch.cat([m[i, ..., j][None] for i in range(shape[0]) for j in range(shape[-1])]) for m in (student, teacher)]
     g = torch.Generator().manual_seed(0)
+    before = g.get_state()
     drawn = draw_negatives(len(flat[0]), negatives, torch.Generator().manual_seed(0))
     want = loop_contrast(contrast.head(flat[1]), contrast.head(flat[0]), .1, drawn)
     torch.testing.assert_close(contrast(student, teacher, generator=g), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(g.get_state(), before) == (negatives is None)      # nothing is drawn where all others are asked
 
 
 def test_gradients_of_the_module():
@@ -264,6 +266,7 @@ def test_maps_that_do_not_fit(shape):
 def test_what_cannot_be_built_or_asked():
     for wrong in (dict(temperature=0), dict(temperature=-1), dict(temperature=float("nan")), dict(negatives=0), dict(classes=0), dict(dim=0)):
         with pytest.raises(MedsegError, match="cannot be built"): BoundaryContrast(**{"classes": 2, **wrong})
-    with pytest.raises(ShapeError, match="no negatives"): BoundaryContrast(2)(maps(1, 2, 8, 8), maps(1, 2, 8, 8))
+    for negatives in (None, 2):
+        with pytest.raises(ShapeError, match="no negatives"): BoundaryContrast(2, negatives=negatives)(maps(1, 2, 8, 8), maps(1, 2, 8, 8))
     with pytest.raises(ShapeError, match="do not fit the contrast"): BoundaryContrast(2)(maps(4, 2, 8, 8).long(), maps(4, 2, 8, 8).long())
     with pytest.raises(ShapeError, match="spatial_dims"): SDMHead(4, 1, spatial_dims=4)

@@ -1,13 +1,13 @@
 """Comparisons: same cases for all, resumable, paired tests with Holm's correction, the papers' tables beside ours, bad input refused."""
 import itertools
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from common import quiet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,14 +47,10 @@ RECIPE = Recipe(epochs=1, batch_size=4, lr=3e-3)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "Small phantom hearts, and prepared volumes kept among them; one thread, as in the child processes of other tests."
-    folder, threads = tmp_path_factory.mktemp("comparison"), torch.get_num_threads()
-    os.environ["MEDSEG_CACHE"], before = str(folder/"cache"), os.environ.get("MEDSEG_CACHE")
-    torch.set_num_threads(1)
-    make_phantom("cardiac-mr", 8, 0, folder/"hearts", shape=(32, 32, 4))
-    yield folder
-    torch.set_num_threads(threads)
-    if before is None: del os.environ["MEDSEG_CACHE"]
-    else: os.environ["MEDSEG_CACHE"] = before
+    folder = tmp_path_factory.mktemp("comparison")
+    with quiet(folder/"cache"):
+        make_phantom("cardiac-mr", 8, 0, folder/"hearts", shape=(32, 32, 4))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +264,8 @@ def test_tables_hold_what_the_papers_print():
     assert paper_table("l2gnet-3").set_index("K_dim").loc["512", "Synapse L2GNet DSC"] == 82.23
     assert paper_table("l2gnet-2").set_index("Method").loc["L2GNet(2-ref)", "HD RV"] == 1.42
     assert paper_table("l2gnet-5")["q SynergyNet"].tolist() == ["2-2", "8-2"]
+    assert paper_table("cmaformer-1").set_index("Method").loc["LeViT-UNet-384s", "Pancreas"] == 59.07
+    assert paper_table("cmaformer-2").set_index("Method").loc["CMAformer", "Tumour"] == 93.34 and paper_table("cmaformer-3")["Tumour"].iloc[-1] == 94.21
     for name in tables.PRINTED: assert not paper_table(name).isna().any(axis=None), name
     with pytest.raises(MedsegError, match="synergynet-5"): paper_table("synergynet-0")
 
@@ -276,6 +274,7 @@ def test_printed_means_that_are_not_the_mean_of_their_classes():
     found = printed_means().set_index(["table", "method"])
     assert found.loc[("synergynet-1", "R50 Att-UNet"), "mean of classes"] == pytest.approx(72.10, abs=0.01)
     assert ("synergynet-1", "TransUNet") not in found.index
+    assert found.loc[("cmaformer-3", "yes yes yes"), "difference"] == pytest.approx(0.43) and "cmaformer-2" not in found.index.get_level_values(0)
 
 
 @pytest.mark.parametrize("size", ["teach", "paper"])
@@ -290,8 +289,18 @@ def test_every_table_has_a_plan(name, size):
     assert sum(c.startswith("published: ") for c in table) == published.printed.shape[1] - len(published.keys)
 
 
-@pytest.mark.parametrize("name", [f"synergynet-{k}" for k in (5, 6, 7, 8, 9)])
-def test_synergynet_ablations_build_at_teaching_size(name, hearts):
+def test_a_comparison_has_one_kind_of_image():
+    plan = lambda *args: [v.name for v in table_plan(*args)[0]]
+    assert plan("cmaformer-2") == plan("cmaformer-2", "paper", 2) == ["resunet++", "transunet", "cmaformer"]
+    assert plan("cmaformer-1", "teach", 3) == ["transunet", *plan("cmaformer-1", "paper", 3)] == ["transunet", "swin-unetr", "unetr", "nnformer"]
+    assert table_plan("cmaformer-1")[1] == "cmaformer" and table_plan("cmaformer-1", "paper", 3)[1] == "swin-unetr"
+    assert plan("synergynet-1", "teach", 3) == plan("synergynet-1")
+    for name, size in (("cmaformer-3", "teach"), ("synergynet-1", "paper")):
+        with pytest.raises(ShapeError, match="--dims"): table_plan(name, size, 3)
+
+
+@pytest.mark.parametrize("name", [*(f"synergynet-{k}" for k in (5, 6, 7, 8, 9)), "cmaformer-2", "cmaformer-3"])
+def test_ablations_build_at_teaching_size(name, hearts):
     for v in table_plan(name)[0]:
         assert v.name in list_models() and comparison.build_variant(v, hearts, Recipe()).config["name"] == v.name
 

@@ -218,7 +218,7 @@ def small_run(folder, model="synergynet-8s2h", collection=None, **changes):
         collection = load_collection(make_phantom("cardiac-mr", 5, 0, folder/"hearts", shape=(32, 32, 4)), check=False)
     dims = changes.get("dims", 2)
     recipe = Recipe.teach(**{**dict(epochs=1, batch_size=4), **changes})
-    settings = dict(widths=(8, 16), codebook_size=8, dim=16) if model != "unet-r50" else dict(widths=(8, 16))
+    settings = {k: v for k, v in dict(widths=(8, 16), codebook_size=8, dim=16).items() if k in list_settings(model, "teach")} if model not in WHOLE else {}
     channels = len(collection.channels)*(2*recipe.neighbours+1)
     net = build_model(model, channels, len(collection.classes), size="teach", spatial_dims=dims, **settings)
     return train(net, collection, recipe, folder/"run")
@@ -279,6 +279,11 @@ def test_neighbouring_slices_and_windows_have_reports_too(tmp_path):
         done = small_run(tmp_path/str(i), **changes)
         assert len(headings(write_report(done).read_text(encoding="utf-8"))) == 7
         assert "neighbours=1" in write_report(done).read_text() if i == 0 else "--dims 3" in command_of(done)
+
+
+@pytest.mark.parametrize("model, changes", [("cmaformer", {}), ("unetr", dict(dims=3, patch=(16, 16, 4)))])
+def test_networks_of_another_shape_have_reports_too(tmp_path, model, changes):
+    assert headings(write_report(small_run(tmp_path, model, **changes)).read_text(encoding="utf-8"))[-2:] == ["Where the model looked", "How to do it again"]
 
 
 def test_photographs_keep_their_colours_and_sides(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, minimize
@@ -19,9 +20,8 @@ from medseg_nb.losses.lagrangian import PAPER_BETA
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1); yield; torch.set_num_threads(threads)
+def alone():
+    with one_thread(): yield
 
 
 def draw(*shape, seed=0, scale=1.): return scale*torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

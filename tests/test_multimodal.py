@@ -1,14 +1,13 @@
 "Several modalities in one loop: balanced and repeatable, killed and resumed, exported, seen one at a time; bad input is refused."
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from common import TWO_PROCESSES, assert_same_run, quiet, run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -34,19 +33,16 @@ SWIN = dict(width=8, heads=(1, 2, 2, 4), window=2, patch=4, drop_path=0., init_s
 FEW = {name: "background" for name in ("aorta", "gallbladder", "pancreas", "stomach", "kidney L", "kidney R")}
 RECIPE = dict(epochs=3, batch_size=2, lr=3e-3, ema=0.9, seed=3, flips=(), loss="ce-dice")
 CHILD = '''
-import json, os, signal, sys
+import json, sys
 import torch
 torch.set_num_threads(1)
+from common import die_at_step
 from medseg_nb.core import set_seed
 from medseg_nb.data.modalities import load_modalities
 from medseg_nb.models.lssc import LSSC2D
 from medseg_nb.training import multimodal
 job = json.loads(sys.argv[1])
-step = multimodal.MultimodalSession.step
-def counted(self, x, y, number):
-    if number == job.get("die_at_step"): os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, x, y, number)
-multimodal.MultimodalSession.step = counted
+die_at_step(multimodal.MultimodalSession, job.get("die_at_step"))
 set_seed(0)
 data = load_modalities(job["folders"], job["label_map"])
 model = LSSC2D(1, len(data.classes), job["setting"], modalities=("ct", "mr"), **job["swin"])
@@ -64,10 +60,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quiet(place, monkeypatch):
-    monkeypatch.setenv("MEDSEG_CACHE", str(place/"cache")); monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1); yield; torch.set_num_threads(threads)
+def quiet_cache(place):
+    with quiet(place/"cache"): yield
 
 
 @pytest.fixture
@@ -79,12 +73,10 @@ def small(data, setting="ours", seed=0):
     return LSSC2D(1, len(data.classes), setting, modalities=tuple(data.modalities), **SWIN)
 
 
-def child(place, launcher=(sys.executable,), **job):
-    script = place/"child.py"
-    script.write_text(CHILD)
+def child(place, *launcher, **job):
     job = {"folders": {m: str(place/m) for m in ("ct", "mr")}, "label_map": {m: FEW for m in ("ct", "mr")}, "swin": SWIN,
            "recipe": RECIPE, "setting": "ours"} | job
-    return subprocess.run([*launcher, str(script), json.dumps(job)], capture_output=True, text=True, timeout=300)
+    return run_child(place/"child.py", CHILD, job, *launcher)
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,17 +102,14 @@ def test_killed_and_resumed_is_bit_identical(place):
     for out in (broken, whole):
         result = child(place, out=str(out))
         assert result.returncode == 0, result.stderr
-    for name in ("model.safetensors", "state.safetensors", "metrics.csv", "config.json"):
-        assert (whole/name).read_bytes() == (broken/name).read_bytes(), name
+    assert_same_run(whole, broken)
     assert has_modalities(whole)
 
 
 def test_two_processes_equal_the_double_batch(place, data, tmp_path):
     "Without the losses that compare images, which each process computes among its own."
     still = {**RECIPE, **dict(rotate=0, scale=0, gain=0, noise=0, epochs=2, precision="fp32")}
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no")
-    result = child(place, launcher, out=str(tmp_path/"two"), recipe=still, setting="joint-v2")
+    result = child(place, TWO_PROCESSES, out=str(tmp_path/"two"), recipe=still, setting="joint-v2")
     assert result.returncode == 0 and "processes 2" in result.stdout, result.stderr
     from medseg_nb.core import set_seed
     set_seed(0)

@@ -1,12 +1,11 @@
 "A killed run goes on as if nothing had happened; two processes are one with the double batch; bad input is refused."
 import json
 import signal
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import torch
+from common import TWO_PROCESSES, assert_same_run, quiet, run_child
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -34,16 +33,16 @@ from medseg_nb.training.supervised import (
 # What a child process runs: jobs one after another; it kills itself (SIGKILL) at step `die_at_step` or around the
 # n-th file it writes.
 CHILD = '''
-import json, os, signal, sys
+import json, os, sys
 import torch
 torch.set_num_threads(1)
+from common import die, die_at_step
 from medseg_nb.data.collections import load_collection
 from medseg_nb.models.zoo import build_model
 from medseg_nb.core import set_seed
 from medseg_nb.training import supervised
 jobs = json.loads(sys.argv[1])
 job = jobs[0]
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 replace, files = os.replace, []
 def counted_replace(a, b):
     files.append(b)
@@ -51,11 +50,7 @@ def counted_replace(a, b):
     replace(a, b)
     if len(files) == job.get("die_after_file"): die()
 os.replace = counted_replace
-step = supervised.Session.step
-def counted_step(self, x, y, number):
-    if number == job.get("die_at_step"): die()
-    return step(self, x, y, number)
-supervised.Session.step = counted_step
+die_at_step(supervised.Session, job.get("die_at_step"))
 for job in jobs:
     set_seed(0)
     model = build_model(job.get("model", "synergynet-2s2h"), 1, 4, size="teach", widths=(4, 8), **job.get("parts", {}))
@@ -75,16 +70,11 @@ def place(tmp_path_factory):
     return folder
 
 @pytest.fixture(autouse=True)
-def quiet_cache(place, monkeypatch):
-    monkeypatch.setenv("MEDSEG_CACHE", str(place/"cache")); monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1); yield; torch.set_num_threads(threads)
+def quiet_cache(place):
+    with quiet(place/"cache"): yield
 
-def child(place, *jobs, launcher=(sys.executable,)):
-    script = place/"child.py"
-    script.write_text(CHILD)
-    jobs = [{"collection": str(place/"phantom"), "recipe": RECIPE, "parts": PARTS, **job} for job in jobs]
-    return subprocess.run([*launcher, str(script), json.dumps(jobs)], capture_output=True, text=True, timeout=300)
+def child(place, *jobs, **launcher):
+    return run_child(place/"child.py", CHILD, [{"collection": str(place/"phantom"), "recipe": RECIPE, "parts": PARTS, **job} for job in jobs], **launcher)
 
 def tiny(seed=0):
     torch.manual_seed(seed)
@@ -100,9 +90,7 @@ def test_killed_anywhere_and_resumed_is_bit_identical(place):
     result = child(place, dict(out=str(broken), resume=True), dict(out=str(whole)))
     assert result.returncode == 0, result.stderr
     assert len(pd.read_csv(whole/"metrics.csv")) == RECIPE["epochs"]
-    for name in ("model.safetensors", "state.safetensors", "metrics.csv", "config.json"):
-        assert (whole/name).read_bytes() == (broken/name).read_bytes(), name
-    assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())   # no halves left
+    assert_same_run(whole, broken)                                # no halves left
 
 def test_two_processes_equal_the_double_batch(place):
     still = {**RECIPE, **dict(flips=(), rotate=0, scale=0, gain=0, noise=0, epochs=2, precision="fp32")}
@@ -110,11 +98,9 @@ def test_two_processes_equal_the_double_batch(place):
     cases = {"unet-batch": ("unet-r50", {}, {**still, "batch_dice": True}, 1e-4),
              "unet-image": ("unet-r50", {}, {**still, "batch_dice": False}, 1e-4),
              "synergynet": ("synergynet-2s2h", PARTS, {**still, "batch_dice": True}, 2e-3)}
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
     jobs = [dict(out=str(place/f"two-{key}"), model=name, parts=parts, recipe=recipe)
             for key, (name, parts, recipe, _) in cases.items()]
-    result = child(place, *jobs, launcher=launcher)
+    result = child(place, *jobs, launcher=TWO_PROCESSES)
     assert result.returncode == 0 and result.stdout.split().count("2") == 2, result.stderr
     for key, (name, parts, recipe, tolerance) in cases.items():
         torch.manual_seed(0)

@@ -92,13 +92,17 @@ def _check_alike(teacher, student):
         raise ShapeError("teacher and student have different shapes", found=f"teacher {tuple(teacher.shape)}, student {tuple(student.shape)}",
                          expected="one shape", fix="give both the same images, at the same size")
 
+def _check_others(n):
+    "Raise `ShapeError` where a slice has no others to be told from."
+    if n < 2: raise ShapeError("one slice has no negatives", found=f"{n} in the batch", expected="2 or more", fix="use a larger batch, or volumes of several slices")
+
 def draw_negatives(
     n:int,                                 # slices in the batch, >= 2
     count:int|None=None,                   # negatives of each; None, or more than there are: all others
     generator:torch.Generator|None=None,   # of the CPU; None: PyTorch's
 ) -> Tensor:                               # (n,count) int64, row i without i, no number twice in a row
     "For each slice, the numbers of other slices of the batch, at random; raises `ShapeError` where there are no others."
-    if n < 2: raise ShapeError("one slice has no negatives", found=f"{n} in the batch", expected="2 or more", fix="use a larger batch, or volumes of several slices")
+    _check_others(n)
     chance = torch.rand(n, n, generator=generator).fill_diagonal_(-1)
     return chance.topk(n-1 if count is None else min(count, n-1), dim=1).indices
 
@@ -165,7 +169,8 @@ class BoundaryContrast(nn.Module):
             raise ShapeError("maps do not fit the contrast", found=f"{tuple(student.shape)} {student.dtype}",
                              expected=f"floating (B, {self.classes}, X, Y) or (B, {self.classes}, X, Y, Z), not empty")
         student, teacher = _as_slices(student), _as_slices(teacher.detach())                 # (n,Z,X,Y)
-        drawn = draw_negatives(len(student), self.negatives, generator)                      # (n,k)
+        _check_others(len(student))
+        drawn = None if self.negatives is None else draw_negatives(len(student), self.negatives, generator)   # (n,k)
         with torch.autocast(student.device.type, enabled=False):
             with torch.no_grad(): h_t = (teacher_head or self.head)(teacher)                 # (n,d)
-            return info_nce(h_t, self.head(student), self.temperature, None if self.negatives is None else drawn)
+            return info_nce(h_t, self.head(student), self.temperature, drawn)

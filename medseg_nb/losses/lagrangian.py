@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import LabelError, MedsegError, ShapeError
-from .segmentation import _SumOverProcesses, check_label_range
+from .segmentation import check_label_range, sum_over_processes
 
 # %% ../../nbs/losses/01_lagrangian.ipynb #c011
 RELATIONS = ("at most", "equal", "at least")   # of a constraint's value to 0
@@ -135,7 +135,7 @@ class ConsistencyLoss(nn.Module):
             ratio = t*q / (t + q).clamp_min(1e-12)
             return {"bce": -self.alpha*(t*log_p[:,1:]).sum(1).mean(), "dice": -(beta[:,None]*ratio).sum(1).mean()}
         overlap, size = (p*y).sum(2)[:,1:], (p + y).sum(2)[:,1:]               # (B,Z-1)
-        if self.batch_dice: overlap, size = _SumOverProcesses.apply(torch.stack([overlap, size]).sum(1))  # (Z-1,), (Z-1,)
+        if self.batch_dice: overlap, size = sum_over_processes(torch.stack([overlap, size]).sum(1))  # (Z-1,), (Z-1,)
         dice = (2*overlap + self.smooth) / (size + self.smooth)
         return {"bce": -self.alpha*torch.lerp(log_not, log_p, y).mean(), "dice": (beta*(1 - dice)).sum(-1).mean()}
 
@@ -201,7 +201,7 @@ def _check_mass(mass, bounds, classes, activation):
 def _mean_over_processes(value):
     "The mean over the processes of a distributed run, so that all of them have the same prices; itself where there is one."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return value
-    return _SumOverProcesses.apply(value) / torch.distributed.get_world_size()
+    return sum_over_processes(value) / torch.distributed.get_world_size()
 
 class LDCLoss(ConsistencyLoss):
     "Eq. 2 under constraints (1) to (4), CMAformer, as the Lagrangian eq. 3 stands for; prices are buffers that `ascend` moves."

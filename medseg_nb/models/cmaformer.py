@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..blocks.channel_spatial_attention import AdditiveGate, ChannelAttention, CrossAttention, QueryNormBlock, SpatialAttention
 from ..core import ShapeError
-from .encoder_decoder import DecoderLevel, EncoderDecoder, ResidualUnit, SegOutput, Slot, check_image
+from .encoder_decoder import DecoderLevel, EncoderDecoder, ResidualUnit, Slot, check_channels
 from .nnformer import norm_channels
 
 # %% ../../nbs/models/07_cmaformer.ipynb #c005
@@ -146,16 +146,10 @@ class CMAformer(EncoderDecoder):
         up = (widths[-1], widths[-2], *widths[-3::-2])                                  # 512, 256, 128, 32
         slot = CMABottleneck(widths[-1], layers if vit else 0, heads, mlp_ratio, (grid, grid), rates)
         super().__init__(encoder, slot, CMADecoder(encoder, up, classes, cross, heads, rates))
-    def forward(self,
-        x:Tensor,        # (B,in_channels,H,W), any size
-        aux:bool=False,  # also give the maps between the Transformer's parts
-    ) -> "Tensor | SegOutput":  # logits (B,Z,H,W), or SegOutput
-        check_image(x, self.encoder.in_channels, 2)
-        return super().forward(x, aux)
-
 def _check_settings(in_channels, classes, widths, patch, layers, cross):
     "Say what does not fit before anything is built."
-    for name, value, least in (("in_channels", in_channels, 1), ("classes", classes, 2), ("patch", patch, 1), ("layers", layers, 1), ("widths", min(widths, default=0), 1)):
+    check_channels(in_channels, classes)
+    for name, value, least in (("patch", patch, 1), ("layers", layers, 1), ("widths", min(widths, default=0), 1)):
         if value < least: raise ShapeError(f"{name} does not fit", found=value, expected=f">= {least}")
     if len(widths) % 2 or len(widths) < 4: raise ShapeError("widths do not fit", found=tuple(widths), expected="an even number of widths, four or more")
     if cross not in ("attention", "gate", False): raise ShapeError("no cross-attention is called so", found=cross, expected='"attention", "gate" or False')

@@ -11,7 +11,7 @@ from ..blocks.channel_spatial_attention import AdditiveGate, ChannelAttention, S
 from ..blocks.disconx import to_tokens
 from ..core import ShapeError
 from .cmaformer import CMADecoder
-from .encoder_decoder import EncoderDecoder, ResidualUnit, SegOutput, Slot, check_image, cut_to, pad_to_multiple
+from .encoder_decoder import EncoderDecoder, ResidualUnit, SegOutput, Slot, check_channels, check_image, cut_to, pad_to_multiple
 from .peers import resample_positions
 
 # %% ../../nbs/models/09_cmaformer_peers.ipynb #c005
@@ -61,23 +61,13 @@ class ResUNetPlusPlus(EncoderDecoder):
         widths:tuple=(16, 32, 64, 128, 256),   # channels of every encoder level, then of the slot
         rates:tuple=(6, 12, 18),               # steps between the taps of the pyramids
     ):
-        if in_channels < 1 or classes < 2 or len(widths) < 3:
-            raise ShapeError("the network does not fit", found=f"in_channels={in_channels}, classes={classes}, widths={tuple(widths)}", expected="in_channels >= 1, classes >= 2, three widths or more")
+        check_channels(in_channels, classes)
+        if len(widths) < 3: raise ShapeError("widths do not fit", found=tuple(widths), expected="three widths or more")
         encoder = SqueezedEncoder(in_channels, widths[:-1])
         slot = PyramidBottleneck(widths[-2], widths[-1], rates)
         super().__init__(encoder, slot, SqueezedDecoder(encoder, widths[:0:-1], classes, rates))
-    def forward(self,
-        x:Tensor,        # (B,in_channels,H,W), any size
-        aux:bool=False,  # also give an output with empty losses and maps
-    ) -> "Tensor | SegOutput":  # logits (B,Z,H,W), or SegOutput
-        check_image(x, self.encoder.in_channels, 2)
-        return super().forward(x, aux)
 
 # %% ../../nbs/models/09_cmaformer_peers.ipynb #c009
-def _check(in_channels, classes):
-    "Say what does not fit before anything is built."
-    if in_channels < 1 or classes < 2: raise ShapeError("channels do not fit", found=f"in_channels={in_channels}, classes={classes}", expected="in_channels >= 1, classes >= 2")
-
 class SwinUNETR(nn.Module):
     "Swin UNETR (Hatamizadeh et al. 2022; Tang et al. 2022) by MONAI, for volumes of any size."
     def __init__(self,
@@ -88,7 +78,7 @@ class SwinUNETR(nn.Module):
         heads:tuple=(3, 6, 12, 24),     # heads of every scale
     ):
         super().__init__()
-        _check(in_channels, classes)
+        check_channels(in_channels, classes)
         if width < 12 or width % 12: raise ShapeError("width does not fit", found=width, expected="a multiple of 12")
         from monai.networks.nets import SwinUNETR as Network
         with torch.device("cpu"): network = Network(in_channels=in_channels, out_channels=classes, feature_size=width, depths=depths, num_heads=heads)
@@ -117,7 +107,7 @@ class UNETR(nn.Module):
         grid:int=6,           # side of the grid of the learned positions, in tokens of 16 voxels
     ):
         super().__init__()
-        _check(in_channels, classes)
+        check_channels(in_channels, classes)
         if width < 1 or heads < 1 or width % heads or min(mlp, features, grid) < 1:
             raise ShapeError("the transformer does not fit", found=f"width={width}, heads={heads}, mlp={mlp}, features={features}, grid={grid}", expected="all >= 1, width a multiple of heads")
         from monai.networks.nets import UNETR as Network

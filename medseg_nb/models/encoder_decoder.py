@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['Slot', 'quantized_slot', 'SegOutput', 'IdentityBottleneck', 'conv_layer', 'norm_layer', 'conv_block', 'conv_blocks',
            'ResidualUnit', 'FoldPixels', 'UnfoldPixels', 'ResidualEncoder', 'TimmEncoder', 'interpolate',
-           'DecoderLevel', 'UNetDecoder', 'pad_to_multiple', 'cut_to', 'check_image', 'EncoderDecoder']
+           'DecoderLevel', 'UNetDecoder', 'pad_to_multiple', 'cut_to', 'check_image', 'check_channels',
+           'EncoderDecoder']
 
 # %% ../../nbs/models/00_encoder_decoder.ipynb #c002
 from typing import NamedTuple
@@ -135,7 +136,7 @@ class ResidualEncoder(nn.Module):
         norm:str="instance",            # "instance" or "batch"
     ):
         super().__init__()
-        self.channels, self.spatial_dims = tuple(widths), spatial_dims
+        self.channels, self.spatial_dims, self.in_channels = tuple(widths), spatial_dims, in_channels
         self.strides = tuple(first_stride * 2**i for i in range(len(widths)))
         if first_stride not in (1, 2): raise ShapeError("first_stride does not fit", found=first_stride, expected="1 or 2")
         self.folds = first_stride == 2
@@ -162,7 +163,7 @@ class TimmEncoder(nn.Module):
         levels = (0, 1, 2, 3) if stride == 16 and not dilate else (0, 1, 2, 3, 4)
         self.body = _timm_features(name, in_channels, levels, pretrained, **({"output_stride": stride} if dilate else {}))
         self.channels, self.strides = tuple(self.body.feature_info.channels()), tuple(self.body.feature_info.reduction())
-        self.spatial_dims = 2
+        self.spatial_dims, self.in_channels = 2, in_channels
     def forward(self, x:Tensor) -> list[Tensor]: return self.body(x)
 
 def _timm_features(name, in_channels, levels, pretrained, **options):
@@ -260,23 +261,28 @@ def check_image(
                          fix="slices have 2 sides, volumes 3; build the model with the in_channels of your images")
     return tuple(x.shape[2:])
 
+def check_channels(
+    in_channels:int,  # image channels asked for
+    classes:int,      # Z asked for, background included
+) -> None:
+    "Raise `ShapeError` unless a network can have so many channels and classes."
+    if in_channels < 1: raise ShapeError("in_channels does not fit", found=in_channels, expected=">= 1")
+    if classes < 2: raise ShapeError("classes does not fit", found=classes, expected=">= 2", fix="count the background as class 0")
+
 class EncoderDecoder(nn.Module):
     "Encoder, a bottleneck in the slot, decoder with skips: the frame all our 2D and small 3D networks share."
     def __init__(self,
-        encoder:nn.Module,     # image -> list of features, finest first; has channels, strides, spatial_dims
+        encoder:nn.Module,     # image -> list of features, finest first; has in_channels, channels, strides, spatial_dims
         bottleneck:nn.Module,  # (B,C,*S) -> Slot
         decoder:nn.Module,     # (z, features, size) -> (B,Z,*size)
     ):
         super().__init__()
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
     def forward(self,
-        x:Tensor,        # (B,C,*S) image, any size
+        x:Tensor,        # (B,in_channels,*S) image, any size
         aux:bool=False,  # also give auxiliary losses and maps
     ) -> "Tensor | SegOutput":  # logits (B,Z,*S), or SegOutput
-        size = x.shape[2:]
-        if len(size) != self.encoder.spatial_dims or 0 in size:
-            raise ShapeError("image does not fit the model", found=tuple(x.shape), expected=f"(B, C, and {self.encoder.spatial_dims} spatial sides)",
-                             fix="slices have 2 sides, volumes 3")
+        size = check_image(x, self.encoder.in_channels, self.encoder.spatial_dims)
         x = pad_to_multiple(x, self.encoder.strides[-1])
         features = self.encoder(x)
         slot = self.bottleneck(features[-1])

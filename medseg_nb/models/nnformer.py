@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..blocks.channel_scaling import each_pair
 from ..blocks.window_attention import WindowStage, rising_rates
 from ..core import ShapeError
-from .encoder_decoder import SegOutput, check_image, cut_to
+from .encoder_decoder import SegOutput, check_channels, check_image, cut_to
 
 # %% ../../nbs/models/05_nnformer.ipynb #c008
 def norm_channels(
@@ -88,7 +88,8 @@ class VolumeEncoder(nn.Module):
         drop_path:float,   # stochastic depth of the last block
     ):
         super().__init__()
-        self.channels, self.spatial_dims, self.embed = tuple(channels), 3, ConvEmbedding(in_channels, channels[0], patch)
+        self.channels, self.spatial_dims, self.in_channels = tuple(channels), 3, in_channels
+        self.embed = ConvEmbedding(in_channels, channels[0], patch)
         stages = zip(channels, windows, heads, rising_rates(drop_path, depths), strict=True)
         self.stages = nn.ModuleList(WindowStage(*s, mlp_ratio=mlp_ratio) for s in stages)
         self.downs = nn.ModuleList(StridedDown(c, s) for c, s in zip(channels, strides))
@@ -121,7 +122,7 @@ class NNFormer(nn.Module):
         super().__init__()
         windows = [(w,)*3 if isinstance(w, int) else tuple(w) for w in windows]
         _check_settings(in_channels, classes, depths, heads, windows, patch, strides)
-        self.in_channels, self.patch, self.strides = in_channels, tuple(patch), tuple(map(tuple, strides))
+        self.patch, self.strides = tuple(patch), tuple(map(tuple, strides))
         channels, last = [width * 2**i for i in range(len(depths))], len(depths) - 1
         self.block_channels = [c for i in (*range(last + 1), *reversed(range(last))) for c in [channels[i]]*depths[i]]
         self.encoder = VolumeEncoder(in_channels, channels, depths, heads, windows, patch, self.strides, mlp_ratio, drop_path)
@@ -152,7 +153,7 @@ class NNFormer(nn.Module):
         scales:list|None=None,     # phi_1, phi_2 of every block in the order of `block_channels`: what `NetworkScaling` gives
         encoder:nn.Module|None=None,  # another than its own, e.g. of one modality: Joint V1, LSSC
     ) -> "Tensor | SegOutput":     # logits (B,Z,X,Y,Z'), or SegOutput with maps F_1 (4C), F_2 (2C), F_3 (C)
-        size, pairs = check_image(x, self.in_channels, 3), each_pair(scales, len(self.block_channels))
+        size, pairs = check_image(x, self.encoder.in_channels, 3), each_pair(scales, len(self.block_channels))
         extra = [-s % p for s, p in zip(size, self.patch, strict=True)]
         x = F.pad(x, [v for e in reversed(extra) for v in (0, e)], mode="replicate")
         maps = [m.movedim(-1, 1) for m in self.decode((encoder or self.encoder)(x, pairs), pairs)]  # (B,*S,C) -> (B,C,*S)
@@ -171,9 +172,7 @@ class NNFormer(nn.Module):
 
 def _check_settings(in_channels, classes, depths, heads, windows, patch, strides):
     "Raise `ShapeError` for numbers that do not fit each other."
-    if in_channels < 1 or classes < 2:
-        raise ShapeError("channels do not fit", found=f"in_channels={in_channels}, classes={classes}", expected="in_channels >= 1, classes >= 2",
-                         fix="count the background as class 0")
+    check_channels(in_channels, classes)
     scales = len(depths)
     if scales < 2 or {len(heads), len(windows), len(strides) + 1} != {scales} or min(depths) < 1:
         raise ShapeError("the scales do not fit", found=f"{scales} depths, {len(heads)} heads, {len(windows)} windows, {len(strides)} strides",

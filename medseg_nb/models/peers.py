@@ -257,7 +257,7 @@ class HybridEncoder(nn.Module):
         from timm.models.resnetv2 import ResNetV2
         self.body = timm_hybrid(True, in_channels).patch_embed.backbone if pretrained else ResNetV2(
             layers=(3, 4, 9), in_chans=in_channels, num_classes=0, global_pool="", preact=False, stem_type="same", conv_layer=partial(StdConv2dSame, eps=1e-8))
-        self.channels, self.strides, self.spatial_dims = (64, 256, 512, 1024), (2, 4, 8, 16), 2
+        self.channels, self.strides, self.spatial_dims, self.in_channels = (64, 256, 512, 1024), (2, 4, 8, 16), 2, in_channels
     def forward(self,
         x:Tensor,  # (B,in_channels,H,W)
     ) -> list[Tensor]:

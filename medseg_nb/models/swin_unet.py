@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..blocks.channel_scaling import each_pair
 from ..blocks.window_attention import WindowStage, rising_rates
 from ..core import ShapeError
-from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, check_image, cut_to, pad_to_multiple
+from .encoder_decoder import EncoderDecoder, IdentityBottleneck, SegOutput, check_channels, check_image, cut_to, pad_to_multiple
 
 # %% ../../nbs/models/04_swin_unet.ipynb #c019
 class PatchMerging(nn.Module):
@@ -60,7 +60,7 @@ class SwinEncoder(nn.Module):
         mlp_ratio:float,   # of the blocks
     ):
         super().__init__()
-        self.channels, self.spatial_dims = tuple(widths), 2
+        self.channels, self.spatial_dims, self.in_channels = tuple(widths), 2, in_channels
         self.strides = tuple(patch * 2**i for i in range(len(widths)))
         self.embed, self.embed_norm = nn.Conv2d(in_channels, widths[0], patch, stride=patch), nn.LayerNorm(widths[0])
         self.stages = nn.ModuleList(WindowStage(w, (window, window), h, r, mlp_ratio=mlp_ratio) for w, h, r in zip(widths, heads, rates))
@@ -148,7 +148,7 @@ class SwinUNet(EncoderDecoder):
         scales=None,      # a pair phi_1, phi_2 per block, as `NetworkScaling(..., model.block_channels, ...)` gives
         encoder:nn.Module|None=None,  # another than its own, e.g. of one modality: Joint V1, LSSC
     ) -> "Tensor | SegOutput":  # logits (B,Z,H,W), or SegOutput; maps F_1 (B,4C,H/4P,W/4P), F_2, F_3 (B,C,H/P,W/P)
-        size, pairs = check_image(x, self.encoder.embed.in_channels, 2), each_pair(scales, len(self.block_channels))
+        size, pairs = check_image(x, self.encoder.in_channels, 2), each_pair(scales, len(self.block_channels))
         *features, z = (encoder or self.encoder)(pad_to_multiple(x, self.encoder.strides[-1]), pairs)
         logits, maps = self.decoder(self.bottleneck(z).z, [*features, z], pairs)
         logits = cut_to(logits, size)
@@ -159,8 +159,8 @@ class SwinUNet(EncoderDecoder):
 
 def _check_settings(in_channels, classes, width, depths, heads, window, patch):
     "Say what does not fit before anything is built."
-    least = dict(in_channels=(in_channels, 1), classes=(classes, 2), width=(width, 1),
-                 depths=(min(depths, default=0), 1), window=(window, 2), patch=(patch, 1))
+    check_channels(in_channels, classes)
+    least = dict(width=(width, 1), depths=(min(depths, default=0), 1), window=(window, 2), patch=(patch, 1))
     for name, (value, low) in least.items():
         if value < low: raise ShapeError(f"{name} does not fit", found=value, expected=f">= {low}")
     if len(depths) != len(heads) or len(depths) < 2:

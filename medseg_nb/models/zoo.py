@@ -19,7 +19,7 @@ from ..blocks.vector_quantization import VectorQuantizer
 from ..core import CheckpointError, MedsegError, ShapeError, write_atomically
 from .cmaformer import CMAformer
 from .cmaformer_peers import UNETR, ResUNetPlusPlus, SwinUNETR
-from .encoder_decoder import EncoderDecoder, IdentityBottleneck, ResidualEncoder, TimmEncoder, UNetDecoder
+from .encoder_decoder import EncoderDecoder, IdentityBottleneck, ResidualEncoder, TimmEncoder, UNetDecoder, check_channels
 from .l2gnet import L2GBottleneck
 from .lssc import LSSC, LSSC2D, LSSC3D
 from .nnformer import NNFORMER_SIZES, NNFormer
@@ -196,8 +196,7 @@ def check_name(
 def _check_request(name, in_channels, classes, unknown):
     "Say what does not fit before anything is built."
     if unknown: raise ShapeError(f"{name} does not take {', '.join(sorted(unknown))}", fix=f"list_settings({name!r}) shows what it takes")
-    if in_channels < 1: raise ShapeError("in_channels does not fit", found=in_channels, expected=">= 1")
-    if classes < 2: raise ShapeError("classes does not fit", found=classes, expected=">= 2", fix="count the background as class 0")
+    check_channels(in_channels, classes)
 
 def _check_dims(name, spatial_dims):
     "Say which images a model sees."
