@@ -155,11 +155,19 @@ class Variant:
     label:str                             # what tables and figures call it
     name:str                              # one of list_models()
     overrides:dict = field(default_factory=dict)  # arguments of build_model that differ
+    changes:dict = field(default_factory=dict)    # fields of the recipe that differ, e.g. the method of a SemisupervisedRecipe
 
     @property
     def slug(self) -> str:
         "The label as a folder name."
         return as_slug(self.label)
+    def recipe(self,
+        recipe:Recipe,  # of the comparison
+    ) -> Recipe:
+        "The recipe of this row; raises `MedsegError` where the comparison's has no such field."
+        if missing := set(self.changes) - set(asdict(recipe)):
+            raise MedsegError(f"{self.label} needs another kind of recipe", found=type(recipe).__name__, expected=f"one with {', '.join(sorted(missing))}")
+        return replace(recipe, **self.changes)
 
 def as_slug(
     label:str,  # of a table's row
@@ -221,7 +229,8 @@ def describe_comparison(
 ) -> dict:
     "What a comparison is: its models, seeds, recipe and cases."
     split = {part: [c.id for c in cases] for part, cases in split_cases(collection, recipe.split).items()}
-    return {"models": {v.label: [v.name, v.overrides] for v in variants}, "seeds": seeds,
+    models = {v.label: [v.name, v.overrides] + ([v.changes] if v.changes else []) for v in variants}
+    return {"models": models, "seeds": seeds,
             "recipe": {k: v for k, v in asdict(recipe).items() if k != "seed"},
             "data": {"collection": collection.name, "split": split}}
 
@@ -317,7 +326,7 @@ def fit_missing(
     done = sum(is_finished(run_folder(out, v, seed)) for seed, v in pairs)     # before this call
     with progress(None, "runs", total=len(pairs)) as bar:
         for seed, variant in pairs:
-            frame = fit_one(variant, collection, replace(recipe, seed=seed), run_folder(out, variant, seed), cache)
+            frame = fit_one(variant, collection, variant.recipe(replace(recipe, seed=seed)), run_folder(out, variant, seed), cache)
             rows.append(frame.assign(model=variant.label, seed=seed))
             bar.update()
             _say(len(rows), len(pairs), done, f"{variant.label}, seed {seed}: Dice {summarise(frame).loc['mean', 'DSC']:.3f}", monotonic() - start)
@@ -386,18 +395,19 @@ def measure_costs(
     cache=None,     # as in train
 ) -> pd.DataFrame:  # model, M parameters, GMAC, peak MiB, step ms, step ratio (to the first model)
     "What a training step costs: one network in memory at a time, models taking turns, medians (of the ratio, round by round)."
-    data, accelerator = TrainingData(collection, recipe, cache), make_accelerator()
-    new = lambda v: Session(build_variant(v, collection, recipe), data, recipe, accelerator)
-    batch, times = next(iter(new(variants[0]).batches())), {v.label: [] for v in variants}
-    for _, v in itertools.product(progress(range(rounds), "costs"), variants): times[v.label].append(timed_step(new(v), batch))
-    table = pd.DataFrame([_costs_of(v, new(v), batch) for v in variants])
+    accelerator, times = make_accelerator(), {v.label: [] for v in variants}
+    data = {v.label: v.recipe(recipe).carried_out_by()[0](collection, v.recipe(recipe), cache) for v in variants}
+    new = lambda v: v.recipe(recipe).carried_out_by()[1](build_variant(v, collection, recipe), data[v.label], v.recipe(recipe), accelerator)
+    batches = {v.label: next(iter(new(v).batches())) for v in variants}
+    for _, v in itertools.product(progress(range(rounds), "costs"), variants): times[v.label].append(timed_step(new(v), batches[v.label]))
+    table = pd.DataFrame([_costs_of(v, new(v), batches[v.label]) for v in variants])
     laps = np.array([times[v.label] for v in variants])                              # (models, rounds)
     return table.assign(**{"step ms": np.median(laps, 1), "step ratio": np.median(laps/laps[0], 1)})
 
 def _costs_of(variant, session, batch):
     "One row of the costs."
     memory = peak_memory(lambda: session.step(*batch, 0), session.accelerator.device)
-    model = session.bare.cpu().eval()
+    model = session.kept(session.bare).cpu().eval()
     return {"model": variant.label, "M parameters": count_parameters(model)/1e6, "GMAC": count_macs(model, (1, *batch[0].shape[1:]))/1e9,
             "peak MiB": memory}
 
