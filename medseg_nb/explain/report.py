@@ -498,7 +498,7 @@ def _has_surface(case, prediction):  # two slices or more, and a voxel to draw
     return min(prediction.shape) > 1 and (np.asarray(prediction.dataobj).any() or np.asarray(load_label(case.label).dataobj).any())
 
 def _surface_figure(run, case, kind, prediction, prefix):  # -> HTML; writes the interactive page and its still beside the report
-    page = run.folder/f"{prefix}{re.sub('[^A-Za-z0-9_.-]', '_', case.id)}.html"
+    page = run.folder/(re.sub("[^A-Za-z0-9_.-]", "_", prefix+case.id) + ".html")
     render_surfaces(prediction, load_label(case.label), run.collection.classes, triangles=TRIANGLES, out=page, title=f"{kind.capitalize()}: {case.id}")
     still = image_tag(page.with_suffix(".png").read_bytes(), f"{case.id}: surfaces of truth and prediction, and their difference")
     link = f'<a href="{page.name}">Turn it with the mouse</a> ({page.name}, beside this report).'

@@ -109,7 +109,8 @@ def smooth_surface(
     surface:Surface,  # closed
     steps:int=20,     # of Taubin's smoothing; 0 leaves the surface as it is
 ) -> Surface:
-    "Taubin's smoothing. A separate piece that would lose a tenth of its volume is left as it was."
+    "Taubin's smoothing. A separate piece that would lose a tenth of its volume is left as it was. Raises `MedsegError` for steps below 0."
+    if steps < 0: raise MedsegError("steps of smoothing cannot be negative", found=steps, expected="0 or more")
     mean, before = _neighbour_mean(surface), surface.vertices            # (V,V), (V,3)
     after = before
     for _ in range(steps):
@@ -285,6 +286,7 @@ def make_surfaces(
     clip=None,             # mm, where the colours of the differences end; None: a round number above nearly all
 ) -> SurfaceScene:
     "Surfaces of all classes in mm. Raises `LabelError`, `ShapeError`, `GeometryError` or `MedsegError` for bad input."
+    if clip is not None and not clip > 0: raise MedsegError("clip must be a distance", found=clip, expected="mm above 0")
     sides, affine, known = _read_pair(pred, truth, affine)
     found = {(side, c): labels for side, labels in sides.items() for c, box in enumerate(ndimage.find_objects(labels), 1) if box}
     names = {int(c): str(n) for c, n in (classes or known or {c: f"class {c}" for _, c in found}).items() if int(c) != 0}
@@ -447,7 +449,7 @@ def _mesh(layer, scene_name, first):  # -> plotly's Mesh3d
     if layer.distance is not None:
         look = dict(intensity=(np.round(layer.distance*64)/64).astype(np.float32), coloraxis="coloraxis", showlegend=False, hovertemplate="%{fullData.name}<br>%{intensity:.1f} mm<extra></extra>")
     return go.Mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, name=escape(layer.name), legendgroup=layer.name, scene=scene_name, flatshading=False,
-                     lighting=dict(ambient=.5, diffuse=.65, specular=.15, roughness=.6, fresnel=.05), lightposition=dict(x=-1e5, y=1e5, z=-800), **look)   # upper left of the camera; its depth counts some hundred times
+                     lighting=dict(ambient=.42, diffuse=.55, specular=.15, roughness=.6, fresnel=.05), lightposition=dict(x=-1e5, y=1e5, z=-800), **look)   # upper left of the camera; its depth counts some hundred times
 
 def _space(scene, n, count):  # -> layout of the n-th of `count` plotly scenes: in mm, seen from the front, feet down
     low, high = scene.bounds()
