@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['find_data', 'show_models', 'run_phantom', 'make_recipe', 'read_labelled', 'run_train', 'print_scores', 'report_run',
-           'open_runs', 'score_part', 'run_evaluate', 'find_images', 'run_predict', 'predict_case', 'read_pairs',
-           'refuse_modalities', 'refuse_labels', 'find_modalities', 'make_multimodal_recipe', 'train_several',
-           'compare_several', 'read_seeds', 'plan_comparison', 'as_methods', 'run_compare', 'run_demo', 'make_parser',
-           'main']
+           'open_runs', 'score_part', 'run_evaluate', 'find_images', 'run_predict', 'predict_case', 'run_surfaces',
+           'read_pairs', 'refuse_modalities', 'refuse_labels', 'find_modalities', 'make_multimodal_recipe',
+           'train_several', 'compare_several', 'read_seeds', 'plan_comparison', 'as_methods', 'run_compare', 'run_demo',
+           'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #c002
 import argparse
@@ -170,6 +170,13 @@ def predict_case(
     from medseg_nb.evaluation.inference import predict_volume
     mask = predict_volume(run.model, images, run.preparation)
     save_volume(np.asarray(mask.dataobj), mask, out, classes=run.classes)
+
+def run_surfaces(args) -> None:
+    "medseg surfaces: organs in 3D, prediction against truth, as a page and a still picture."
+    from medseg_nb.explain.surfaces import render_surfaces
+    title = Path(args.pred).name.removesuffix(".gz").removesuffix(".nii")
+    render_surfaces(args.pred, args.truth, triangles=args.triangles, smooth=args.smooth, clip=args.clip, out=args.out, title=title)
+    print(f"page:  {args.out}\nstill: {Path(args.out).with_suffix('.png')}")
 
 # %% ../nbs/99_cli.ipynb #c012
 def read_pairs(
@@ -371,6 +378,17 @@ def _add_compare(commands):
     _add_modalities(p)
     p.set_defaults(seed=None, again="go on with the same command")
 
+def _add_surfaces(commands):
+    "Label volumes, triangles, smoothing, page."
+    p = _add(commands, "surfaces", run_surfaces, "organs in 3D: a page to turn with the mouse, and a still picture",
+             "medseg surfaces runs/phantoms/cardiac-mr-24-seed0/labelsTr/cardiac-mr_0000.nii.gz --out heart.html")
+    p.add_argument("pred", metavar="PRED", help="a label volume (NIfTI), e.g. from medseg predict")
+    p.add_argument("--truth", default=None, help="the true labels on the same grid: drawn beside, and differences in mm")
+    p.add_argument("--triangles", type=int, default=60_000, help="at most, for all surfaces together: more is finer and larger")
+    p.add_argument("--smooth", type=int, default=20, help="steps of smoothing, 0 for none")
+    p.add_argument("--clip", type=float, default=None, help="mm, where the colours of the differences end; by default a round number above nearly all")
+    p.add_argument("--out", required=True, help="an .html file; the still picture is a .png beside it")
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the `medseg` command."
     parser = argparse.ArgumentParser(prog="medseg", description="Train, measure and explain medical image segmentation.")
@@ -397,6 +415,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("images", help="a NIfTI file or a folder of them")
     p.add_argument("--modality", default=None, help="which one the images are, where the run has several, e.g. mr")
     p.add_argument("--out", required=True, help="a folder, or a .nii.gz for one image")
+    _add_surfaces(commands)
     p = _add(commands, "demo", run_demo, "the main job from nothing: train, predict, report", "medseg demo")
     p.add_argument("--minutes", type=float, default=1.0, help="training time")
     p.add_argument("--out", default="runs/demo", help="run folder, emptied first")

@@ -235,8 +235,8 @@ def test_a_report_is_whole_and_self_contained(run):
     start = time.process_time()
     page = write_report(run.folder).read_text(encoding="utf-8")
     assert time.process_time()-start < 20
-    assert headings(page)[-3:] == ["Codes", "Where the model looked", "How to do it again"]
-    assert not re.search(r'(src|href)="(?!data:|#)', page) and "http://" not in page.replace("http://www.w3.org", "")
+    assert headings(page)[-3:] == ["Codes", "Where the model looked", "How to do it again"] and "In three dimensions" in headings(page)
+    assert not re.search(r'(src|href)="(?!data:|#|surfaces_)', page) and "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page and page.count("data:image/png;base64,") >= 5
     assert f"{score_run(run)['case'].nunique()} test cases" in page
 
@@ -277,7 +277,7 @@ def test_neighbouring_slices_and_windows_have_reports_too(tmp_path):
     for i, changes in enumerate((dict(neighbours=1), dict(dims=3, patch=(16, 16, 4)))):
         (tmp_path/str(i)).mkdir()
         done = small_run(tmp_path/str(i), **changes)
-        assert len(headings(write_report(done).read_text(encoding="utf-8"))) == 7
+        assert len(headings(write_report(done).read_text(encoding="utf-8"))) == 8
         assert "neighbours=1" in write_report(done).read_text() if i == 0 else "--dims 3" in command_of(done)
 
 
