@@ -1161,6 +1161,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medseg_nb/explain/report.py'),
                                           'medseg_nb.explain.report._what_it_sees': ( 'explain/report.html#_what_it_sees',
                                                                                       'medseg_nb/explain/report.py'),
+                                          'medseg_nb.explain.report._whose_labels': ( 'explain/report.html#_whose_labels',
+                                                                                      'medseg_nb/explain/report.py'),
                                           'medseg_nb.explain.report.best_and_worst': ( 'explain/report.html#best_and_worst',
                                                                                        'medseg_nb/explain/report.py'),
                                           'medseg_nb.explain.report.choose_slice': ( 'explain/report.html#choose_slice',
