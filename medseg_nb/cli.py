@@ -386,7 +386,7 @@ def _add_surfaces(commands):
     p.add_argument("--truth", default=None, help="the true labels on the same grid: drawn beside, and differences in mm")
     p.add_argument("--triangles", type=int, default=60_000, help="at most, for all surfaces together: more is finer and larger")
     p.add_argument("--smooth", type=int, default=20, help="steps of smoothing, 0 for none")
-    p.add_argument("--clip", type=float, default=None, help="mm, where the colours of the differences end; by default a round number above nearly all")
+    p.add_argument("--clip", type=float, default=None, help="mm, where the colours of the differences end; by default a round number above nearly all, 10 at most")
     p.add_argument("--out", required=True, help="an .html file; the still picture is a .png beside it")
 
 def make_parser() -> argparse.ArgumentParser:

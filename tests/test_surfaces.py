@@ -163,6 +163,14 @@ def test_shifted_prediction_is_red_on_one_side_and_blue_on_the_other():
     assert layer.distance[x > 10].mean() == pytest.approx(3, abs=.5) and layer.distance[x < -10].mean() == pytest.approx(-3, abs=.5)
 
 
+def test_a_false_blob_far_away_does_not_fade_the_rest():
+    truth = np.pad(ball(5), ((3, 60), (3, 3), (3, 3)))
+    pred = truth.copy()
+    pred[60:68, 4:12, 4:12] = True
+    scene = make_surfaces(pred, truth, triangles=4000)
+    assert scene.clip == 10 and scene.layers[-1].distance.max() > 40
+
+
 def test_missed_and_invented_classes_are_shown():
     truth, pred = np.zeros((2, 30, 20, 20), np.uint8)
     truth[3:9, 3:9, 3:9], pred[3:9, 3:9, 3:9], truth[12:18, 3:9, 3:9], pred[20:26, 3:9, 3:9] = 1, 1, 2, 3

@@ -283,7 +283,7 @@ def make_surfaces(
     affine=None,           # (4,4) or (3,) spacing in mm; None: the image's own, or 1 mm
     triangles:int=60_000,  # at most, for the surfaces of truth and prediction together
     smooth:int=20,         # steps of smoothing; 0 for none
-    clip=None,             # mm, where the colours of the differences end; None: a round number above nearly all
+    clip=None,             # mm, where the colours of the differences end; None: a round number above nearly all, 10 at most
 ) -> SurfaceScene:
     "Surfaces of all classes in mm. Raises `LabelError`, `ShapeError`, `GeometryError` or `MedsegError` for bad input."
     if clip is not None and not clip > 0: raise MedsegError("clip must be a distance", found=clip, expected="mm above 0")
@@ -297,7 +297,7 @@ def make_surfaces(
     light = {key: simplify_surface(s, n) for (key, s), n in zip(full.items(), shares)}
     layers = [Layer(side, names[c], class_colour(c), s) for (side, c), s in light.items()]
     if len(sides) == 2: layers += _differences(full, light, names)
-    if clip is None: clip = nice_limit(np.concatenate([np.zeros(0)] + [l.distance for l in layers if l.distance is not None]))
+    if clip is None: clip = min(10, nice_limit(np.concatenate([np.zeros(0)] + [l.distance for l in layers if l.distance is not None])))   # a false blob far away must not fade the rest
     return SurfaceScene(layers, {c: n for c, n in names.items() if c in {k for _, k in full}}, oriented, float(clip))
 
 # %% ../../nbs/explain/03_surfaces.ipynb #c039
@@ -555,7 +555,7 @@ def render_surfaces(
     affine=None,           # (4,4) or (3,) spacing in mm; None: the image's own, or 1 mm
     triangles:int=60_000,  # at most, for the surfaces of truth and prediction together
     smooth:int=20,         # steps of smoothing; 0 for none
-    clip=None,             # mm, where the colours of the differences end; None: a round number above nearly all
+    clip=None,             # mm, where the colours of the differences end; None: a round number above nearly all, 10 at most
     out=None,              # .html to write, with a .png beside it; None: nothing is written
     title="Surfaces",      # of the page
 ):                         # plotly Figure
