@@ -1,5 +1,6 @@
 """The labs: empty they stop with words, filled with the solutions they pass, and each check knows the typical mistakes."""
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import check  # noqa: E402
 import checks_lab_1 as c1  # noqa: E402
 import checks_lab_2 as c2  # noqa: E402
 import checks_lab_3 as c3  # noqa: E402
+import checks_lab_4 as c4  # noqa: E402
+from frames import TwoHeadedUNet, load_frames  # noqa: E402
 from hearts import overlaps  # noqa: E402
 from marking import NotYet, ____  # noqa: E402
 
@@ -29,7 +32,7 @@ def module(path):
     found = importlib.util.module_from_spec(spec); spec.loader.exec_module(found)
     return found
 
-s1, s2, s3 = (module(LABS/"solutions"/f"lab_{i}.py") for i in (1, 2, 3))
+s1, s2, s3, s4 = (module(LABS/"solutions"/f"lab_{i}.py") for i in (1, 2, 3, 4))
 
 
 # ---- whole notebooks -------------------------------------------------------------------------------------------------------
@@ -645,6 +648,221 @@ CASES_3 = [(name, words, pack(answer)) for name, cases, pack in LAB_3 for words,
 
 @pytest.mark.parametrize(("name", "words", "answers"), CASES_3, ids=lambda x: x if isinstance(x, str) else "")
 def test_lab_3_knows_the_mistake(name, words, answers): says(getattr(c3, name), answers, words)
+
+# ---- lab 4: typical mistakes -----------------------------------------------------------------------------------------------
+def parted(pick, give=lambda a, b: (a, b)):
+    "A division whose first list `pick` chooses: (people, order, labelled, person_of) -> a test of a case and its person."
+    def answer(person_of, labelled, seed=0):
+        people = sorted(set(person_of.values()))
+        order = torch.randperm(len(people), generator=torch.Generator().manual_seed(seed)).tolist()
+        belongs = pick(people, order, labelled, person_of)
+        return give(*([case for case, who in person_of.items() if belongs(case, who) == side] for side in (True, False)))
+    return answer
+def by_order(people, order, n, person_of): return lambda case, who: who in [people[i] for i in order[:n]]
+def emptied(person_of, labelled, seed=0):
+    found = s4.divide(person_of, labelled, seed); person_of.popitem()
+    return found
+DIVIDE = {
+    "you divided the cases; divide the people": parted(lambda people, order, n, person_of: lambda case, who: case in list(person_of)[:2*n]),
+    "the same people whatever the seed": parted(lambda people, order, n, person_of: lambda case, who: who in people[:n]),
+    "3 people were to keep their labels, here 1 do": parted(lambda people, order, n, person_of: by_order(people, order, 1, person_of)),
+    "the two lists are exchanged": parted(by_order, lambda a, b: (b, a)),
+    "a case is in both lists": parted(by_order, lambda a, b: (a, a + b)),
+    "are in neither list": parted(by_order, lambda a, b: (a, b[1:])),
+    "these are people": lambda person_of, n, seed=0: (list("abc"), list("defg")),
+    "these are not cases": parted(by_order, lambda a, b: (a, [0, 1])),
+    "return two lists": parted(by_order, lambda a, b: a),
+    "is the `return` missing?": lambda person_of, n, seed=0: None,
+    "changed the dict": emptied,
+    "only `order` may decide": parted(lambda people, order, n, person_of: by_order(people, torch.randperm(len(people)).tolist(), n, person_of)),
+    "hardly any different people": parted(lambda people, order, n, person_of: by_order(people, range(7) if order[0] < 4 else range(6, -1, -1), n, person_of)),
+}
+def trailing(rule=c4.early, share=lambda d: 1 - d, keep=lambda d: d): return c4.moving(share, keep)(rule)
+def renamed(teacher, student, step, decay):
+    for old, new in zip(teacher, student, strict=True): old = c4.early(step, decay)*old + new
+def copied(teacher, student, step, decay):
+    for old, new in zip(teacher, student, strict=True): old.copy_(new)
+def misled(teacher, student, step, decay): c4.trusted(student, teacher, step, decay)
+FOLLOW = {
+    "it has not moved; change the tensors in place": renamed,
+    "the shares are exchanged": trailing(share=lambda d: d, keep=lambda d: 1 - d),
+    "the student was copied": copied,
+    "the student was changed": misled,
+    "`step` counts from 0": trailing(lambda s, d: c4.early(s + 1, d)),
+    "at first the decay must be smaller": trailing(lambda s, d: d),
+    "it must not exceed `decay`": trailing(lambda s, d: (1 + s)/(10 + s)),
+    "did not shrink to d": trailing(keep=lambda d: 1),
+    "the whole student was added": trailing(share=lambda d: 1),
+}
+HALF_LIFE = {
+    "half_life: the sign": lambda d: math.log(2)/math.log(d), "upside down": lambda d: math.log(d)/math.log(.5), "the mean age": lambda d: 1/(1 - d),
+    "not by an amount": lambda d: .5/(1 - d), "yours is 3": lambda d: 3,
+}
+GAP = {
+    "the gap: the sign": lambda p, y: (y - p).mean((0, 2, 3))[1:],
+    "sums grow with the image": lambda p, y: (p - y).sum((0, 2, 3))[1:],
+    "absolute values hide": lambda p, y: (p - y).mean((0, 2, 3))[1:].abs(),
+    "before any absolute value": lambda p, y: (p - y).abs().mean((0, 2, 3))[1:],
+    "you left out the last class": lambda p, y: (p - y).mean((0, 2, 3))[:-1],
+    "this is a share of y": lambda p, y: (p - y).mean((0, 2, 3))[1:]/y.mean((0, 2, 3))[1:],
+    "you added over the images": lambda p, y: (p - y).mean((2, 3)).sum(0)[1:],
+    "p's mass alone": lambda p, y: p.mean((0, 2, 3))[1:],
+    "the background is left out": lambda p, y: (p - y).mean((0, 2, 3)),
+    "take the mean over the images too.": lambda p, y: (p - y).mean((2, 3))[:, 1:],
+    "and leave the background out": lambda p, y: (p - y).mean((2, 3)),
+    "one number a class": lambda p, y: (p - y).mean(),
+    "take means over images and pixels": lambda p, y: (p - y)[:, 1:],
+}
+def stepping(move=lambda p, v, r: p + r*v, equal=lambda m: m, most=lambda m: m.clamp_min(0), least=lambda m: m.clamp_max(0)):
+    "Dual ascent with one mistake."
+    return lambda price, value, rate, relation="equal": {"equal": equal, "at most": most, "at least": least}[relation](move(price, value, rate))
+def nothing(m): return m
+def early_cut(price, value, rate, relation="equal"): return stepping(lambda p, v, r: p)(price, value, rate, relation) + rate*value
+def rising(price, value, rate, relation="equal"): return price + {"equal": nothing, "at most": F.relu, "at least": lambda m: -F.relu(-m)}[relation](rate*value)
+def in_place(price, value, rate, relation="equal"): return stepping(lambda p, v, r: p.add_(r*v))(price, value, rate, relation)
+ASCEND = {
+    '"equal": the wrong direction': stepping(lambda p, v, r: p - r*v),
+    '"equal": the rate is missing': stepping(lambda p, v, r: p + v),
+    '"equal": the rate multiplies the value': stepping(lambda p, v, r: r*p + v),
+    '"equal": only the change': stepping(lambda p, v, r: r*v),
+    '"equal": of an equality the price may have either sign': stepping(equal=F.relu),
+    '"equal": of an equality the price may have either sign; nothing is cut off. ': stepping(equal=lambda m: m.clamp_max(0)),
+    '"at most": the projection is missing; this price may not go below 0': stepping(most=nothing),
+    '"at most": this price may not go below 0; you have it the other way round': stepping(most=lambda m: m.clamp_max(0), least=F.relu),
+    '"at least": the projection is missing; this price may not go above 0': stepping(least=nothing),
+    '"at most": project what the step gives': rising,
+    '"at most": project after the step': early_cut,
+    "changed in place": in_place,
+}
+def right_one(scores): return F.cross_entropy(scores, torch.arange(len(scores)))
+def asked(score=lambda t, s, tau: t.detach() @ s.mT/tau, how=right_one): return lambda t, s, tau=.1: how(score(t, s, tau))
+def diagonal(x): return x.log_softmax(1).diagonal()
+def without_positive(x): return (x.masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf).logsumexp(1) - x.diagonal()).mean()
+QUIZ = {
+    "divide by tau, do not multiply": asked(lambda t, s, tau: t @ s.mT*tau),
+    "tau is missing": asked(lambda t, s, tau: t @ s.mT),
+    "the roles are exchanged": asked(lambda t, s, tau: s @ t.mT/tau),
+    "you added over the slices": asked(how=lambda x: -diagonal(x).sum()),
+    "the sign is missing": asked(how=lambda x: diagonal(x).mean()),
+    "the logarithm is missing": asked(how=lambda x: x.softmax(1).diagonal().mean()),
+    "the positive is missing below": asked(how=without_positive),
+    "slice by slice, then the mean": asked(how=lambda x: -x.softmax(1).diagonal().mean().log()),
+    "the likeness alone": asked(how=lambda x: -x.diagonal().mean()),
+    "the student is compared with the student": asked(lambda t, s, tau: s @ s.mT/tau),
+    "the teacher is compared with the teacher": asked(lambda t, s, tau: t @ t.mT/tau),
+    "take the mean over the slices": asked(how=lambda x: -diagonal(x)),
+    "of each row the right answer": asked(how=lambda x: -x.log_softmax(1)),
+    "a gradient goes to the teacher": asked(lambda t, s, tau: t @ s.mT/tau),
+    "no gradient reaches the student": asked(lambda t, s, tau: (t @ s.mT/tau).detach()),
+    "infinity among the numbers": asked(how=lambda x: -(x.exp().diagonal()/x.exp().sum(1)).log().mean() if x.max() < 99 else x.new_tensor(torch.inf)),
+}
+GUESSING = {
+    "guessing: the sign": lambda n: -math.log(n), "its price is -log of it": lambda n: 1/n, "among the n": lambda n: math.log(n - 1), "in bits": math.log2,
+    "yours is 0.5": lambda n: .5,
+}
+def target(of=lambda t: t.detach().softmax(1), put=lambda truth, p: torch.cat([truth, p[len(truth):]])):
+    "What L_con holds against, with one mistake."
+    return lambda y, taught: put(F.one_hot(y, taught.shape[1]).movedim(-1, 1).to(taught), of(taught))
+TARGET = {
+    "the labels are not used": target(put=lambda truth, p: p),
+    "these are the teacher's logits": target(lambda t: t.detach()),
+    "runs over the pixels": target(lambda t: t.detach().softmax(-1)),
+    "runs over the pixels; it runs over the classes, axis 1. ": target(lambda t: t.detach().softmax(-2)),
+    "runs over the images": target(lambda t: t.detach().softmax(0)),
+    "the images with labels come first": target(put=lambda truth, p: torch.cat([p[len(truth):], truth])),
+    "for the *last* images": target(put=lambda truth, p: torch.cat([truth, p[:-len(truth)]])),
+    "the teacher's arg-max": target(lambda t: F.one_hot(t.argmax(1), 3).movedim(-1, 1).to(t)),
+    "the sigmoids of a pixel": target(lambda t: t.detach().sigmoid()),
+    "belong in the second place": target(put=lambda truth, p: torch.cat([truth, p[len(truth):]]).movedim(1, -1)),
+    "an image has one target": target(put=lambda truth, p: torch.cat([truth, p])),
+    "the images with labels are missing": target(put=lambda truth, p: p[len(truth):]),
+    "the images without labels are missing": target(put=lambda truth, p: truth),
+    "a gradient goes to the teacher": target(lambda t: t.softmax(1)),
+}
+def summed(factor=lambda progress, ramp: math.exp(-5*(1 - min(1, progress/ramp))**2), add=lambda w, s, k, c, f: w[0]*s + f*(w[1]*k + w[2]*c)):
+    "Eq. 5 with one mistake."
+    return lambda sup, contrast, con, progress, weights=(1., .1, 1.), ramp=.3: add(weights, sup, contrast, con, factor(progress, ramp))
+EQ5 = {
+    "the ramp is over": summed(lambda p, r: math.exp(-5*(1 - p/r)**2)),
+    "the factor must not exceed 1": summed(lambda p, r: p/r),
+    "the factor rises as a straight line": summed(lambda p, r: min(1, p/r)),
+    "the ramp weighs L_sup too": summed(add=lambda w, s, k, c, f: f*(w[0]*s + w[1]*k + w[2]*c)),
+    "the ramp is missing": summed(lambda p, r: 1),
+    "L_con has no ramp": summed(add=lambda w, s, k, c, f: w[0]*s + f*w[1]*k + w[2]*c),
+    "the contrast has no ramp": summed(add=lambda w, s, k, c, f: w[0]*s + w[1]*k + f*w[2]*c),
+    "the square is missing": summed(lambda p, r: math.exp(-5*(1 - min(1, p/r)))),
+    "the 5 is missing": summed(lambda p, r: math.exp(-(1 - min(1, p/r))**2)),
+    "the minus is missing": summed(lambda p, r: math.exp(5*(1 - min(1, p/r))**2)),
+    "progress is not divided by ramp": summed(lambda p, r: math.exp(-5*(1 - p)**2) if p < r else 1),
+    "the factor falls": summed(lambda p, r: math.exp(-5*(p/r)**2) if p < r else 1),
+    "lambda is missing": summed(add=lambda w, s, k, c, f: s + f*(w[1]*k + w[2]*c)),
+    "beta and gamma are exchanged": summed(add=lambda w, s, k, c, f: w[0]*s + f*(w[2]*k + w[1]*c)),
+    "the weights are missing": summed(add=lambda w, s, k, c, f: s + f*(k + c)),
+    "the contrast is missing": summed(add=lambda w, s, k, c, f: w[0]*s + f*w[2]*c),
+    "L_con is missing": summed(add=lambda w, s, k, c, f: w[0]*s + f*w[1]*k),
+    "L_sup is missing": summed(add=lambda w, s, k, c, f: f*(w[1]*k + w[2]*c)),
+}
+def agreeing(**mistake): return lambda found, other, classes: c4.dice_of(found, other, classes, **mistake)
+OVERLAP = {
+    "counts 0": agreeing(absent=0.), "counts 1": agreeing(absent=1.), "the 2 is missing": agreeing(factor=1.),
+    "the Jaccard index": agreeing(factor=1., below=lambda a, b: (a | b).sum()),
+    "not of either (their union)": agreeing(below=lambda a, b: (a | b).sum()),
+    "(precision)": agreeing(factor=1., below=lambda a, b: a.sum()),
+    "(recall)": agreeing(factor=1., below=lambda a, b: b.sum()),
+    "these are the classes 0 to 3": lambda f, o, classes: c4.dice_of(f, o, classes - 1, first=0),
+    "the background is left out": agreeing(first=0),
+    "you took the mean over the images": lambda f, o, classes: torch.stack([c4.dice_of(a, b, classes) for a, b in zip(f, o, strict=True)]).nanmean(0),
+    "one number a class": lambda f, o, classes: torch.stack([c4.dice_of(a, b, classes) for a, b in zip(f, o, strict=True)]),
+    "the mean comes later": lambda f, o, classes: c4.dice_of(f, o, classes).nanmean(),
+    "return a tensor": lambda f, o, classes: c4.dice_of(f, o, classes).tolist(),
+}
+PERSONS = {
+    "you added the frames up": lambda s, who: s.groupby(who).sum(), "one frame of each": lambda s, who: s.groupby(who).first(),
+    "the best frame": lambda s, who: s.groupby(who).max(), "still a row a case": lambda s, who: s,
+    "a table is asked for": lambda s, who: s.groupby(who).mean().to_numpy(), "is the `return` missing?": lambda s, who: None,
+    "expected a row a person": lambda s, who: s.groupby(who).median(),
+}
+def ranking(ranks=lambda d: d.abs().argsort().argsort().to(d) + 1, far=lambda a, s: a >= s - 1e-9): return lambda d: c4.ranked(d, ranks(d), far)
+def one_side(d):
+    ranks = d.abs().argsort().argsort().to(d) + 1
+    return (torch.tensor(list(c4.product((0., 1.), repeat=len(d)))).to(d) @ ranks >= ranks[d > 0].sum()).double().mean()
+def low_side(d): return s4.signed_rank(d) if d.sum() > 0 else torch.tensor(.5).double()
+RANKS = {
+    "divide by how many there are": lambda d: s4.signed_rank(d)*2**len(d),
+    "only one side": one_side,
+    "the signs that were seen count themselves": ranking(far=lambda a, s: a > s + 1e-9),
+    "no farther from the middle": ranking(far=lambda a, s: a <= s + 1e-9),
+    "nearer to the middle": ranking(far=lambda a, s: a < s - 1e-9),
+    "rank their sizes": ranking(lambda d: d.argsort().argsort().to(d) + 1),
+    "ranks begin at 1": ranking(lambda d: d.abs().argsort().argsort().to(d)),
+    "the largest difference has the largest rank": ranking(lambda d: len(d) - d.abs().argsort().argsort().to(d)),
+    "argsort of the argsort": ranking(lambda d: d.abs().argsort().to(d) + 1),
+    "the test of lab 3": ranking(lambda d: d.abs()),
+    "with all signs turned": low_side,
+    "the share of the ways": lambda d: torch.zeros(2**len(d)).double(),
+}
+LONGER = {"there is still a blank": "\n____\n", "at least 40 words": "the images helped nobody", "write it as text": 3}
+
+LAB_4 = [("check_divide", DIVIDE, lambda a: (a,)), ("check_follow", FOLLOW, lambda a: (a, s4.half_life)),
+         ("check_follow", HALF_LIFE, lambda a: (s4.follow, a)), ("check_price", GAP, lambda a: (a, s4.ascend)),
+         ("check_price", ASCEND, lambda a: (s4.gap, a)), ("check_quiz", QUIZ, lambda a: (a, s4.guessing)),
+         ("check_quiz", GUESSING, lambda a: (s4.quiz, a)), ("check_total", TARGET, lambda a: (a, s4.eq5)),
+         ("check_total", EQ5, lambda a: (s4.hold_against, a)), ("check_overlap", OVERLAP, lambda a: (a,)),
+         ("check_paired", PERSONS, lambda a: (a, s4.signed_rank)), ("check_paired", RANKS, lambda a: (s4.by_person, a)),
+         ("check_answer", LONGER, lambda a: (a,))]
+CASES_4 = [(name, words, pack(answer)) for name, cases, pack in LAB_4 for words, answer in cases.items()]
+
+@pytest.mark.parametrize(("name", "words", "answers"), CASES_4, ids=lambda x: x if isinstance(x, str) else "")
+def test_lab_4_knows_the_mistake(name, words, answers): says(getattr(c4, name), answers, words)
+
+def test_frames_keep_people_apart():
+    "Two frames a person, nobody on both sides, and a network that answers on the image's grid."
+    frames = load_frames(16, 3, 1, "cpu", (16, 16, 4))
+    assert len(frames.train) == 4 and len(frames.unseen) == 2 and not set(frames.train.values()) & set(frames.unseen.values())
+    x, _ = frames.slices[min(frames.train)]
+    logits, maps = TwoHeadedUNet(len(frames.classes))(x)
+    assert logits.shape == (len(x), 4, 16, 16) and maps.shape == (len(x), 3, 16, 16) and maps.abs().max() < 1
+
 
 def test_dice_of_a_lab():
     "Two classes by hand: one pixel of three shared; a class that nobody has is 0."

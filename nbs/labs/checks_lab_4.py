@@ -21,8 +21,8 @@ def check_divide(divide):
     before, kept = dict(person_of), []
     for seed in range(10):
         found = divide(person_of, 3, seed)
-        check_division(found, person_of, 3)
         if person_of != before: wrong("your function changed the dict it was given; another run would see other people.")
+        check_division(found, person_of, 3)
         kept.append(frozenset(person_of[case] for case in found[0]))
     if set(divide(person_of, 3, 9)[0]) != set(found[0]): wrong("the same seed gave other people the second time; only `order` may decide.")
     if len(set(kept)) == 1: wrong("the same people whatever the seed; take them in the order that was drawn (`order`).")
@@ -85,8 +85,7 @@ def check_follow(follow, half_life):
             f"the teacher {when}: the student was copied; then there is no memory.": student,
             f"the teacher {when}: `step` counts from 0; in the first step (1 + step)/(10 + step) is 0.1.": mistaken(start, steps, lambda s, d: early(s + 1, d)),
             f"the teacher {when}: at first the decay must be smaller, (1 + step)/(10 + step), or the teacher long remembers weights that knew nothing.": mistaken(start, steps, lambda s, d: d),
-            f"the teacher {when}: of the two decays take the smaller, not the larger.": mistaken(start, steps, lambda s, d: max(d, (1 + s)/(10 + s))),
-            f"the teacher {when}: (1 + step)/(10 + step) goes to 1; it must not exceed `decay` (min).": mistaken(start, steps, lambda s, d: (1 + s)/(10 + s)),
+            f"the teacher {when}: (1 + step)/(10 + step) goes to 1; it must not exceed `decay`; take the smaller of the two.": mistaken(start, steps, lambda s, d: (1 + s)/(10 + s)),
             f"the teacher {when}: the student's share was added, but the teacher did not shrink to d.": mistaken(start, steps, early, keep=lambda d: 1),
             f"the teacher {when}: it shrinks to d, but the whole student was added; take 1 - d of it.": mistaken(start, steps, early, lambda d: 1),
         }, tol=1e-9)
@@ -121,7 +120,7 @@ def check_price(gap, ascend):
         "the gap: you left out the last class; the background is the first.": each.mean(0)[:-1], "the gap: this is a share of y; the plain difference is asked for.": right/y.mean((0, 2, 3))[1:],
         "the gap: you added over the images; take their mean.": each.sum(0)[1:], "the gap: this is p's mass alone; take away that of y.": p.mean((0, 2, 3))[1:],
     }, {(3,): "the background is left out: it has what the others leave.", (2, 2): "take the mean over the images too.", (2, 3): "take the mean over the images too, and leave the background out.",
-        (): "one number a class is asked for.", (2, 4, 5): "take means over images and pixels."}, tol=1e-8)
+        (): "one number a class is asked for.", (2, 2, 4, 5): "take means over images and pixels."}, tol=1e-8)
     expect(gap(p, p), torch.zeros(2, dtype=torch.double), "the gap of p and p", tol=1e-8)
     price, value = torch.tensor([1., .1, -.1, -1., 0.]).double(), torch.tensor([-.8, -.8, .8, .8, .5]).double()
     for relation in ("equal", "at most", "at least"): check_ascend(ascend, price, value, relation)
@@ -227,7 +226,7 @@ def dice_of(found, other, classes, factor=2., absent=torch.nan, first=1, below=l
 @exercise(6, "agreement")
 def check_overlap(overlap):
     "Four classes, of which one map has the third only, and nobody the fourth."
-    found, other = torch.randint(0, 3, (3, 6, 5)), torch.randint(0, 3, (3, 6, 5))
+    found, other = torch.randint(0, 3, (3, 7, 5)), torch.randint(0, 3, (3, 7, 5))
     found[0], other[1, :, :3] = 0, 0
     other[2, 0, 0] = 3
     either = lambda a, b: (a | b).sum()
@@ -254,7 +253,7 @@ def check_paired(by_person, signed_rank):
     scores = pd.DataFrame({"one": [.1, .9, .5, .2, .4, .9], "two": [.3, .3, .2, .8, .1, .6]}, list(person_of))
     groups = scores.groupby(person_of)
     check_people(by_person(scores, person_of), groups)
-    d = torch.tensor([.31, -.02, .11, .07, -.05, .2], dtype=torch.double)
+    d = torch.tensor([-.15, .27, .24, .18, .03, .13], dtype=torch.double)
     check_rank(signed_rank, d)
     if not close(torch.as_tensor(signed_rank(-d)).double(), torch.as_tensor(signed_rank(d)).double(), 1e-6): wrong("signed_rank: with all signs turned it gives another share; both directions are equally far from the middle.")
 
