@@ -203,6 +203,12 @@ BLOCK = np.pad(np.ones((4, 4, 4), np.uint8), 2)
 SHIFTED = np.array([[1., 0, 0, 30], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
+def _name(value):
+    "What a case is called: the same in every process."
+    if isinstance(value, dict): return ",".join(value)
+    return value if isinstance(value, str) else value.__name__
+
+
 @pytest.mark.parametrize("error, words, given", [
     (ShapeError, "no volume", dict(pred=BLOCK[0])), (ShapeError, "no volume", dict(pred=BLOCK[:, :, :1])), (ShapeError, "no volume", dict(truth=BLOCK[None])),
     (ShapeError, "differ in shape", dict(pred=BLOCK, truth=BLOCK[1:])), (LabelError, "no label map", dict(pred=BLOCK/2)),
@@ -213,7 +219,7 @@ SHIFTED = np.array([[1., 0, 0, 30], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     (GeometryError, "different places", dict(pred=nib.Nifti1Image(BLOCK, np.eye(4)), truth=nib.Nifti1Image(BLOCK, SHIFTED))),
     (MedsegError, "too few triangles", dict(pred=BLOCK, triangles=99)), (MedsegError, "too few triangles", dict(pred=BLOCK, triangles=1e4)),
     (MedsegError, "nothing to draw", {}), (MedsegError, "clip", dict(pred=BLOCK, truth=BLOCK, clip=0)), (MedsegError, "smoothing", dict(pred=BLOCK, smooth=-1)),
-    (DatasetError, "does not exist", dict(pred="no/such.nii.gz"))], ids=lambda v: getattr(v, "__name__", v if isinstance(v, str) else ",".join(v)))
+    (DatasetError, "does not exist", dict(pred="no/such.nii.gz"))], ids=_name)
 def test_bad_input_is_refused_and_nothing_is_written(error, words, given, tmp_path):
     with pytest.raises(error, match=words): render_surfaces(**given, out=tmp_path/"out.html")
     assert not list(tmp_path.iterdir())
