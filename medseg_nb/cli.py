@@ -61,10 +61,10 @@ def make_recipe(args, collection):
     from medseg_nb.training.supervised import Recipe
     asked = dict(epochs=args.epochs, minutes=args.minutes, batch_size=args.batch_size, lr=args.lr, dims=args.dims, split=args.split, seed=args.seed)
     changes = {k: v for k, v in asked.items() if v is not None}
-    kind, paper = (Recipe, "synergynet") if args.method is None and args.labelled is None else (SemisupervisedRecipe, "cmaformer")
+    kind = Recipe if args.method is None and args.labelled is None else SemisupervisedRecipe
     if args.method is not None: changes["method"] = args.method
     if args.labelled is not None: changes["labelled"] = read_labelled(args.labelled)
-    return kind.teach(collection, **changes) if args.size == "teach" else kind.paper(paper, **changes)
+    return kind.teach(collection, **changes) if args.size == "teach" else kind.paper(**changes)
 
 def read_labelled(
     text:str,  # "0.5", "2" or "all"

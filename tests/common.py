@@ -77,3 +77,14 @@ def assert_same_run(a, b):
     "Two run folders hold the same bytes."
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
     for name in ("model.safetensors", "state.safetensors", "metrics.csv", "config.json"): assert (a/name).read_bytes() == (b/name).read_bytes(), name
+
+
+def assert_survives_death(run, broken, whole, steps):
+    "Killed at each of the steps and taken up again, a run holds the bytes of one left alone; run(out=, die_at_step=) is what came of a child process."
+    for death in steps:
+        result = run(out=str(broken), die_at_step=death)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+    for out in (broken, whole):
+        result = run(out=str(out))
+        assert result.returncode == 0, result.stderr
+    assert_same_run(whole, broken)

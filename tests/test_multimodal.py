@@ -1,13 +1,13 @@
 "Several modalities in one loop: balanced and repeatable, killed and resumed, exported, seen one at a time; bad input is refused."
 import json
-import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import TWO_PROCESSES, assert_same_run, quiet, run_child
+from common import TWO_PROCESSES, assert_survives_death, quiet, run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,13 +96,7 @@ def test_balanced_plans(n, batch, steps, processes, seed):
 
 def test_killed_and_resumed_is_bit_identical(place):
     broken, whole = place/"broken", place/"whole"
-    for death in (1, 5):
-        result = child(place, out=str(broken), die_at_step=death)
-        assert result.returncode == -signal.SIGKILL, result.stderr
-    for out in (broken, whole):
-        result = child(place, out=str(out))
-        assert result.returncode == 0, result.stderr
-    assert_same_run(whole, broken)
+    assert_survives_death(partial(child, place), broken, whole, (1, 5))
     assert has_modalities(whole)
 
 

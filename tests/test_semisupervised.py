@@ -1,7 +1,7 @@
 "Some of the labels: parts and steps, killed and resumed, two processes, every model and method, real unlabelled images; bad input is refused."
 import json
-import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import TWO_PROCESSES, assert_same_run, quiet, run_child
+from common import TWO_PROCESSES, assert_survives_death, quiet, run_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -88,13 +88,7 @@ def session(collection, **changes):
 def test_killed_and_resumed_is_bit_identical(place):
     "Multipliers, teacher, second head and projection are all in the state."
     whole, broken = place/"whole", place/"broken"
-    for death in (1, 7):
-        result = child(place, out=str(broken), die_at_step=death)
-        assert result.returncode == -signal.SIGKILL, result.stderr
-    for out in (broken, whole):
-        result = child(place, out=str(out))
-        assert result.returncode == 0, result.stderr
-    assert_same_run(whole, broken)
+    assert_survives_death(partial(child, place), broken, whole, (1, 7))
     state = read_tensors(whole/"state.safetensors")[0]
     assert state["multipliers.lam"].abs().max() > 0
     assert {k.split(".")[1] for k in state if k.startswith("average.")} == {"network", "distance", "contrast"}

@@ -552,14 +552,11 @@ def render_surfaces(
     pred=None,             # labels (X,Y,Z): array, NIfTI image or path of one
     truth=None,            # the same, on the same grid
     classes=None,          # {id: name} of what to draw; None: all, with the names in the files
-    affine=None,           # (4,4) or (3,) spacing in mm; None: the image's own, or 1 mm
-    triangles:int=60_000,  # at most, for the surfaces of truth and prediction together
-    smooth:int=20,         # steps of smoothing; 0 for none
-    clip=None,             # mm, where the colours of the differences end; None: a round number above nearly all, 10 at most
     out=None,              # .html to write, with a .png beside it; None: nothing is written
     title="Surfaces",      # of the page
+    **settings,            # of `make_surfaces`: affine, triangles, smooth, clip
 ):                         # plotly Figure
     "Truth, prediction and their difference in 3D. Raises as `make_surfaces` and `write_surfaces`."
     if out is not None: check_page(out)
-    scene = make_surfaces(pred, truth, classes, affine, triangles, smooth, clip)
+    scene = make_surfaces(pred, truth, classes, **settings)
     return surfaces_figure(scene) if out is None else write_surfaces(scene, out, title)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'SemisupervisedRecipe', 'SemisupervisedData', 'divide', 'check_all_classes', 'find_score_layer',
-           'TwoHeads', 'ramp_up', 'make_consistency', 'SemisupervisedSession', 'train_semisupervised']
+           'TwoHeads', 'ramp_up', 'make_consistency', 'one_hot', 'SemisupervisedSession', 'train_semisupervised']
 
 # %% ../../nbs/training/02_semisupervised.ipynb #c002
 import inspect
@@ -23,8 +23,8 @@ from ..losses.boundary_contrast import BoundaryContrast, SDMHead, signed_distanc
 from ..losses.lagrangian import ConsistencyLoss, LDCLoss
 from ..losses.segmentation import check_label_range
 from ..models.encoder_decoder import SegOutput, cut_to, interpolate
-from .multimodal import balanced_plan
-from .supervised import Recipe, Run, Session, TrainingData, batch_plan, check_classes, count_overlap, make_samples, stream, train
+from .multimodal import side_by_side
+from .supervised import Recipe, Run, Session, TrainingData, batch_plan, check_classes, count_overlap, make_samples, train
 
 # %% ../../nbs/training/02_semisupervised.ipynb #c012
 class Method(NamedTuple):
@@ -33,6 +33,11 @@ class Method(NamedTuple):
     unlabelled:bool=True         # images without labels
     consistency:str|None=None    # L_con: "mse" (mean teacher), "eq2", "ldc", or none
     contrast:bool=False          # L_contrast, eq. 4
+
+    @property
+    def taught(self) -> bool:
+        "Whether anything is held against the teacher."
+        return self.unlabelled and bool(self.consistency or self.contrast)
 
 METHODS = {
     "supervised": Method(unlabelled=False),
@@ -106,12 +111,11 @@ class SemisupervisedData(TrainingData):
         everything = METHODS[recipe.method].everything
         self.known = all(case.label for case in without)                               # then the log can judge the teacher
         crops = [ceil(recipe.per_case*max(len(with_labels), len(without))/len(part)) for part in (with_labels, without)]
-        self.labelled = make_samples(collection, with_labels, replace(recipe, per_case=crops[0]), cache)
+        few = replace(recipe, per_case=crops[0])
         self.unlabelled = make_samples(collection, without, replace(recipe, per_case=crops[1], foreground=0.0), cache, self.known)
-        super().__init__(collection, recipe, cache, parts | {"train": with_labels + without if everything and self.known else with_labels})
-        if not everything:
-            self.samples = self.labelled
-            self.split["unlabelled"] = [case.id for case in without]
+        super().__init__(collection, recipe if everything else few, cache, parts | {"train": with_labels + without if everything and self.known else with_labels})
+        self.labelled = make_samples(collection, with_labels, few, cache) if everything else self.samples
+        if not everything: self.split["unlabelled"] = [case.id for case in without]
         if recipe.dims == 2: self._one_size()
         check_all_classes(self)
     def _one_size(self):
@@ -215,6 +219,13 @@ def make_consistency(
     return nn.MSELoss() if kind == "mse" else None
 
 # %% ../../nbs/training/02_semisupervised.ipynb #c026
+def one_hot(
+    y:Tensor,     # (n,*S) int64 class ids
+    classes:int,  # Z
+) -> Tensor:      # (n,Z,*S) float32
+    "Labels as the probabilities of someone who is sure."
+    return F.one_hot(y, classes).movedim(-1, 1).float()                                    # (n,*S) -> (n,*S,Z) -> (n,Z,*S)
+
 class SemisupervisedSession(Session):
     "One run of a student and its teacher."
     def __init__(self, model:nn.Module, data:SemisupervisedData, recipe:SemisupervisedRecipe, accelerator, config:dict|None=None, workers:int=0):
@@ -232,6 +243,11 @@ class SemisupervisedSession(Session):
         return model.network if isinstance(model, TwoHeads) else model
 
     @property
+    def priced(self) -> bool:
+        "Whether L_con has multipliers."
+        return isinstance(self.consistency, LDCLoss)
+
+    @property
     def steps(self) -> int:
         "Steps of an epoch: until the larger of the two parts has been seen once, whatever the method, so that all take as many."
         parts = ((self.data.labelled, self.recipe.batch_size), (self.data.unlabelled, self.without))
@@ -245,17 +261,14 @@ class SemisupervisedSession(Session):
     def batches(self):
         "Images and labels, those with labels first; in an order that depends only on seed, part and epoch."
         parts = [(self.data.samples, self.recipe.batch_size)] + [(self.data.unlabelled, self.without)]*self.method.unlabelled
-        plans = [balanced_plan(len(samples), self.steps, size, stream(self.recipe.seed, k), self.epoch, *self.rank) for k, (samples, size) in enumerate(parts)]
-        loaders = [self.reader(samples, plan) for (samples, _), plan in zip(parts, plans, strict=True)]
-        for pairs in zip(*loaders, strict=True):
-            x, y = zip(*pairs, strict=True)
-            yield torch.cat(x), torch.cat(y)
+        for x, y in side_by_side(self, parts): yield torch.cat(x), torch.cat(y)
 
     def ready(self, x:Tensor, y:Tensor, generator) -> tuple:
         "A batch on the device, augmented; x as the student and as the teacher see it."
         n, device = self.recipe.batch_size, self.accelerator.device
         check_label_range(y[:n], self.data.classes)
         x, y = self.augment(x.to(device, non_blocking=True), y.to(device, non_blocking=True), generator)
+        if not self.method.taught: return (x, None), y
         noise = torch.randn(x.shape, generator=generator, device=device)
         return (x, x + self.recipe.teacher_noise*noise), y
 
@@ -265,11 +278,11 @@ class SemisupervisedSession(Session):
         out = self.run_model(x[0])
         logits, own, maps = out if self.has_aux else (out, {}, {})
         check_classes(logits, self.data.classes)
-        taught, seen = self.teach(x[1]) if self.method.consistency or self.method.contrast else (None, {})
+        taught, seen = self.teach(x[1]) if self.method.taught else (None, {})
         supervised = self.supervised(logits[:n], y[:n], maps)
         consistent = self.agree(logits, taught, y[:n]) if self.consistency else {}
         contrast = {"contrast": self.bare.contrast(maps["sdm"].float(), seen["sdm"].float(), self.average.model.contrast.head)} if self.method.contrast else {}
-        if self.method.unlabelled and taught is not None: self.judge_teacher(taught[n:], y[n:])
+        if self.method.taught and self.data.known: self.pseudo += count_overlap(taught[n:].argmax(1), y[n:], self.data.classes)
         ramp = ramp_up(self.number/(self.epochs*self.steps), self.recipe.ramp)
         total = a*sum(supervised.values()) + self.recipe.aux_weight*sum(own.values()) + ramp*(b*sum(contrast.values()) + c*sum(consistent.values()))
         return {**supervised, **own, **contrast, **consistent, "total": total}
@@ -277,8 +290,7 @@ class SemisupervisedSession(Session):
     def supervised(self, logits:Tensor, y:Tensor, maps:dict) -> dict:
         "L_sup on the images with labels: squared error of the probabilities, the recipe's own loss, squared error of the distance map."
         parts, kind, classes = {}, self.recipe.supervision, self.data.classes
-        logits = logits.float()
-        truth = F.one_hot(y, classes).movedim(-1, 1).to(logits)                            # (n,*S) -> (n,*S,Z) -> (n,Z,*S)
+        logits, truth = logits.float(), one_hot(y, classes)
         if "mse" in kind: parts["mse"] = F.mse_loss(logits.softmax(1), truth)
         if "seg" in kind: parts |= self.criterion.parts(logits, y)
         if "sdm" in maps: parts["sdm"] = F.mse_loss(maps["sdm"][:len(y)].float(), signed_distance_map(truth[:, 1:], dims=y.ndim - 1))
@@ -290,27 +302,23 @@ class SemisupervisedSession(Session):
         out = self.run_model(x, self.average.model)
         return (out.logits, out.maps) if self.has_aux else (out, {})
 
-    def agree(self, logits:Tensor, taught:Tensor, y:Tensor) -> dict:
+    def agree(self, logits:Tensor, taught:Tensor|None, y:Tensor) -> dict:
         "L_con: with the labels where there are some, with the teacher elsewhere; a mean teacher's is with the teacher everywhere."
         if self.method.consistency == "mse": return {"con_mse": self.consistency(logits.float().softmax(1), taught.float().softmax(1))}
-        truth = F.one_hot(y, self.data.classes).movedim(-1, 1).float()                     # (n,*S) -> (n,*S,Z) -> (n,Z,*S)
-        target = torch.cat([truth, self.consistency.probabilities(taught[len(y):])])       # (B,Z,*S)
+        target = one_hot(y, self.data.classes)                                              # (n,Z,*S)
+        if taught is not None: target = torch.cat([target, self.consistency.probabilities(taught[len(y):])])   # (B,Z,*S)
         return {f"con_{name}": value for name, value in self.consistency.parts(logits, target).items()}
-
-    def judge_teacher(self, taught:Tensor, y:Tensor) -> None:
-        "Count where the teacher is right on images whose labels it never sees."
-        if self.data.known: self.pseudo += count_overlap(taught.argmax(1), y, self.data.classes)
 
     def step(self, x, y, number:int) -> dict:
         "One update of the weights, then one of the multipliers; the losses, detached."
         self.number = number
         losses = super().step(x, y, number)
-        if isinstance(self.consistency, LDCLoss): self.consistency.ascend()
+        if self.priced: self.consistency.ascend()
         return losses
 
     def notes(self) -> dict:
         "Multipliers and KKT residuals after the last step, and Dice of the teacher on what it never saw labels of."
-        row = self.consistency.report(self.slope) if isinstance(self.consistency, LDCLoss) else {}
+        row = self.consistency.report(self.slope) if self.priced else {}
         shared, either = self.accelerator.reduce(self.pseudo, "sum").tolist()
         self.pseudo = torch.zeros_like(self.pseudo)
         names = [self.data.names.get(c, str(c)) for c in range(1, self.data.classes)]
@@ -318,7 +326,7 @@ class SemisupervisedSession(Session):
 
     def modules(self) -> dict:
         "As for any run, and the multipliers."
-        return super().modules() | ({"multipliers": self.consistency} if isinstance(self.consistency, LDCLoss) else {})
+        return super().modules() | ({"multipliers": self.consistency} if self.priced else {})
 
 # %% ../../nbs/training/02_semisupervised.ipynb #c031
 def train_semisupervised(
