@@ -723,6 +723,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'medseg_nb.data.volumes._check_geometry': ( 'data/volumes.html#_check_geometry',
                                                                                     'medseg_nb/data/volumes.py'),
                                         'medseg_nb.data.volumes._ct_window': ('data/volumes.html#_ct_window', 'medseg_nb/data/volumes.py'),
+                                        'medseg_nb.data.volumes._liver_window': ( 'data/volumes.html#_liver_window',
+                                                                                  'medseg_nb/data/volumes.py'),
                                         'medseg_nb.data.volumes._matching_axes': ( 'data/volumes.html#_matching_axes',
                                                                                    'medseg_nb/data/volumes.py'),
                                         'medseg_nb.data.volumes._nifti': ('data/volumes.html#_nifti', 'medseg_nb/data/volumes.py'),

@@ -40,7 +40,7 @@ def blob_level(
 LIVER_TUMOUR = ["liver", "tumour"]   # classes 1 and 2; liver without its tumours, as in LiTS
 MOST_LESIONS = 5                     # a case has 0 to 5
 LESION_SHARE = (0.0015, 0.045)       # of the liver's volume: the least of one lesion, the most of all together
-LESION_DROP = (10, 40)               # HU that lesions are darker than the liver around them
+LESION_DROP = (25, 60)               # HU that lesions are darker than the liver around them
 LESION_GAP = 12                      # mm between two lesions, in the distance that draws the first
 
 def lesion_count(

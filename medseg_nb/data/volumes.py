@@ -274,11 +274,15 @@ def _ct_window(x):
     "The window of TransUNet's Synapse preparation."
     return window(x, -125, 275)
 
+def _liver_window(x):
+    "The liver, its vessels and lesions, without the rest of the abdomen's range."
+    return window(x, 0, 160)
+
 def _unchanged(x):
     "Intensities as they are."
     return np.asarray(x, np.float32)
 
-INTENSITY_RULES = {"ct": _ct_window, "zscore": zscore, "clipped-zscore": clipped_zscore, "percentile": percentile_scale, "none": _unchanged}
+INTENSITY_RULES = {"ct": _ct_window, "ct-liver": _liver_window, "zscore": zscore, "clipped-zscore": clipped_zscore, "percentile": percentile_scale, "none": _unchanged}
 
 def normalize(
     x,         # array of intensities
