@@ -476,7 +476,7 @@ def surfaces_figure(
     scale = [[t, to_hex(colormaps["coolwarm"](t))] for t in np.linspace(0, 1, 17)]
     bar = dict(title=dict(text=f"− inside, + outside the truth, mm; cut at ±{scene.clip:g}", side="right"), thickness=12, len=.7)
     figure.update_layout(coloraxis=dict(cmin=-scene.clip, cmax=scene.clip, colorscale=scale, colorbar=bar), template="none", margin=dict(l=0, r=0, t=8, b=0),
-                         legend=dict(orientation="h", y=0, x=.5, xanchor="center", itemsizing="constant"), paper_bgcolor="white", hoverlabel=dict(namelength=-1))
+                         legend=dict(orientation="h", y=0, x=.5, xanchor="center", itemsizing="constant", bgcolor="#dfe3e8"), paper_bgcolor="white", hoverlabel=dict(namelength=-1))
     return figure
 
 # %% ../../nbs/explain/03_surfaces.ipynb #c052
