@@ -45,7 +45,8 @@ def ways(model, methods):
 def hippocampus(root, percent):
     "Windows around the hippocampus, two with and two without labels a step; the same number of steps for every method."
     data, epochs = load_collection(root/"hippocampus"), EPOCHS[percent]
-    return data, SemisupervisedRecipe.teach(data, patch=(32, 32, 32), batch_size=2, epochs=epochs, validate_every=epochs, split="id-block", labelled=percent/100)
+    return data, SemisupervisedRecipe.teach(data, patch=(32, 32, 32), batch_size=2, epochs=epochs, validate_every=epochs,
+                                            split="id-block", labelled=percent/100)
 
 
 def hearts(root, work):
@@ -65,7 +66,7 @@ def livers(work, cases=48):
     return data, SemisupervisedRecipe.teach(data, split="60/15/25", intensity="ct-liver", lr=3e-3, batch_size=4, epochs=12, validate_every=6, labelled=0.5)
 
 
-def count_lesions(result, data, recipe):
+def count_lesions(result):
     "Tumours found and invented by every run on its unseen cases: lesions.csv."
     rows = []
     for _, line in result.runs.iterrows():
@@ -87,7 +88,7 @@ def run_part(part, root, seeds, runs, command):
     chosen = {"unet": ways("unet-r50", METHODS), "main": ways("cmaformer", ("supervised", "ours", "all-labels-ldc"))}
     result = compare(chosen[rest], data, recipe, seeds, out, command=command) if rest in chosen else \
         compare_table(f"cmaformer-{rest}", data, recipe, seeds, out, command=command)
-    count_lesions(result, data, recipe)
+    count_lesions(result)
     return result
 
 
