@@ -109,7 +109,7 @@ def check_layout(
     raw,       # folder of the unpacked archive, or any folder above it
 ) -> list:     # of Inventory, one a layout
     "What is there of an archive and what is missing; raises `DatasetError` where nothing of it is there."
-    files, known = list_files(raw), find_public(name)
+    known, files = find_public(name), list_files(raw)
     choices = [[take_inventory(layout, files) for layout in together] for together in known.layouts]
     best = max(choices, key=lambda inventories: sum(i.found + len(i.renamed) for i in inventories))
     here = [i for i in best if i.found or i.renamed]
@@ -300,6 +300,11 @@ class CollectionReport(NamedTuple):
     warnings: list   # of str
     montage: object  # Path of the picture, or None
 
+def _some(words, n=3):
+    "The first few of many."
+    words = list(words)
+    return ", ".join(words[:n]) + (f" and {len(words) - n} more" if len(words) > n else "")
+
 def _spacing_warnings(frame):
     "Spacings that differ by more than three times."
     for axis in "xyz":
@@ -309,18 +314,19 @@ def _spacing_warnings(frame):
 def _intensity_warnings(frame):
     "Cases whose intensities are unlike those of the others."
     span = float((frame.p99 - frame.p1).median())
+    odd = {}
     for column in ("median", "p99"):
         x = frame[column]
         spread = max(1.4826*float((x - x.median()).abs().median()), span/20, 1e-9)
-        for id, value in x[(x - x.median()).abs() > 8*spread].items():
-            yield f"intensities of {id} are unlike the others': {column} {value:g}, elsewhere about {x.median():g}"
+        for id, value in x[(x - x.median()).abs() > 8*spread].items(): odd.setdefault(id, f"{id} ({column} {value:g}, elsewhere about {x.median():g})")
+    if odd: yield f"intensities of {_some(odd.values())} are unlike the others'"
 
 def _twin_warnings(frame, prints):
     "Images of different people that are nearly the same."
     for _, rows in frame.groupby("shape", sort=False):
         if len(rows) < 2: continue
         vectors = np.stack([prints[id] for id in rows.index])
-        for i, j in zip(*np.nonzero(np.triu(vectors @ vectors.T > 0.99, 1))):
+        for i, j in zip(*np.nonzero(np.triu(vectors @ vectors.T > 0.98, 1))):
             if rows.person.iloc[i] != rows.person.iloc[j]: yield f"{rows.index[i]} and {rows.index[j]} are nearly the same image: one person twice?"
 
 def _warnings(collection, frame, prints):
