@@ -1,6 +1,7 @@
 """The papers' own data: replicas of the official archives, read by others and by us; split, resumed, broken in every way that downloads break."""
 import gzip
 import json
+import locale
 import re
 import shutil
 import signal
@@ -31,6 +32,7 @@ from medseg_nb.data.official_layouts import (
     read_info,
     read_series,
     recode,
+    simpleitk,
     take_inventory,
 )
 from medseg_nb.data.public_collections import divide_people, make_splits
@@ -189,6 +191,13 @@ def test_affine_as_pydicom_says(archives):
         assert np.array_equal(np.asarray(img.dataobj)[:, :, k].T, header.pixel_array)
 
 
+def test_dicom_leaves_the_locale_alone(archives, tmp_path):
+    "After SimpleITK alone has written DICOM, text files would be read as ASCII."
+    before = locale.setlocale(locale.LC_ALL)
+    prepare_collection("chaos", write_replica("chaos", tmp_path/"raw", 3), tmp_path/"out", workers=4, partial=True)
+    assert locale.setlocale(locale.LC_ALL) == before
+
+
 # ---- splits
 
 @settings(max_examples=60, deadline=None)
@@ -323,12 +332,12 @@ def double(raw, pattern):
     shutil.copy(mask, mask.with_stem(f"{mask.stem} (1)"))
 
 
-def move_slice(raw, tag, value):
-    file = first(raw, "MR/1/T2SPIR/DICOM_anon/*00004.dcm")
-    image = sitk.ReadImage(str(file))
-    for t in ("0008|0060", "0020|000d", "0020|000e", "0020|0013", "0020|0032", "0020|0037"): image.SetMetaData(t, image.GetMetaData(t))
-    if tag == "spacing": image.SetSpacing(value)
-    writer = sitk.ImageFileWriter(); writer.KeepOriginalImageUIDOn(); writer.SetFileName(str(file)); writer.Execute(image)
+def change_spacing(file, spacing):
+    with simpleitk() as itk:
+        image = itk.ReadImage(str(file))
+        for tag in ("0008|0060", "0020|000d", "0020|000e", "0020|0013", "0020|0032", "0020|0037"): image.SetMetaData(tag, image.GetMetaData(tag))
+        image.SetSpacing(spacing)
+        writer = itk.ImageFileWriter(); writer.KeepOriginalImageUIDOn(); writer.SetFileName(str(file)); writer.Execute(image)
 
 
 def lose_slice(raw):
@@ -354,7 +363,8 @@ IN_ONE_CASE = {   # one case is damaged: (archive, what is done, kind of error, 
     "a missing slice": ("chaos", lose_slice, GeometryError, ".dcm", "one is missing"),
     "a doubled slice": ("chaos", lambda raw: double(raw, "MR/1/T2SPIR/DICOM_anon/*00004.dcm"), GeometryError, "IMG-0004-00004", "where another slice"),
     "a slice without picture": ("chaos", lambda raw: first(raw, "MR/1/T2SPIR/Ground/*.png").unlink(), DatasetError, ".dcm", "no label picture"),
-    "mixed spacings": ("chaos", lambda raw: move_slice(raw, "spacing", (3.0, 3.0, 5.0)), GeometryError, "00004.dcm", "does not fit the other slices"),
+    "mixed spacings": ("chaos", lambda raw: change_spacing(first(raw, "MR/1/T2SPIR/DICOM_anon/*00004.dcm"), (3.0, 3.0, 5.0)),
+        GeometryError, "00004.dcm", "does not fit the other slices"),
     "a damaged slice": ("chaos", lambda raw: first(raw, "MR/1/T2SPIR/DICOM_anon/*").write_bytes(b"x"*200), DatasetError, ".dcm", "cannot be read as DICOM"),
     "16 bits, off by one": ("chaos", lambda raw: sixteen_bits(first(raw, "MR/1/T2SPIR/Ground/*.png")), LabelError, ".png", "8 bits"),
     "16 bits, off by one, of skin": ("isic2018", lambda raw: sixteen_bits(first(raw, "*_segmentation.png")), LabelError, "_segmentation.png", "no class ids"),

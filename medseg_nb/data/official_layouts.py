@@ -6,15 +6,18 @@ __all__ = ['BTCV_CODES', 'BTCV', 'REPLICA_SHAPE', 'TRANSUNET_TRAIN', 'TRANSUNET_
            'CHAOS_CT', 'LIVER_CLASSES', 'LITS', 'REPLICAS', 'recode', 'Role', 'RawCase', 'Written', 'Layout',
            'Inventory', 'list_files', 'take_inventory', 'keep_file', 'check_same_voxels', 'read_nifti_pair',
            'write_case', 'codes_of', 'read_btcv', 'read_hdf5', 'read_transunet', 'read_info', 'read_acdc', 'read_isic',
-           'read_bts', 'read_mmwhs', 'read_series', 'read_codes', 'read_chaos', 'read_lits', 'write_replica']
+           'read_bts', 'read_mmwhs', 'simpleitk', 'read_series', 'read_codes', 'read_chaos', 'read_lits',
+           'write_replica']
 
 # %% ../../nbs/data/08_official_layouts.ipynb #c002
 import gzip
+import locale
 import re
 import shutil
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import nibabel as nib
@@ -456,16 +459,32 @@ def _replica_mmwhs(folder, key, index, seed):
     image = image + (codes > 600)*200 - (1000 if key.startswith("ct") else 0)
     for name, array in (("image", image), ("label", codes)): _save(array, affine, folder/key[:8]/f"{key}_{name}.nii.gz")
 
-# %% ../../nbs/data/08_official_layouts.ipynb #c034
+# %% ../../nbs/data/08_official_layouts.ipynb #c035
+_ONE_AT_A_TIME = Lock()
+
+@contextmanager
+def simpleitk():
+    "The module SimpleITK, for one thread at a time; the process keeps its locale."
+    import SimpleITK
+    with _ONE_AT_A_TIME:
+        before = locale.setlocale(locale.LC_ALL)
+        try: yield SimpleITK
+        finally: locale.setlocale(locale.LC_ALL, before)
+
 def _read_slice(file):
-    "One DICOM slice: SimpleITK applies the rescaling of intensities and undoes any compression."
-    import SimpleITK as sitk
-    try: image = sitk.ReadImage(str(file))
+    "One DICOM slice: (place (3,) mm, turn (3,3), spacing (3,) mm, voxels (columns, rows))."
+    try:
+        with simpleitk() as sitk:
+            image = sitk.ReadImage(str(file))
+            return _parts_of(image, sitk.GetArrayFromImage(image), file)
     except RuntimeError as error:
         raise DatasetError("cannot be read as DICOM: empty, truncated or damaged", file=file, found=" ".join(str(error).split())[-120:], fix="unpack it again") from error
-    if image.GetDimension() != 3 or image.GetSize()[2] != 1:
-        raise DatasetError("is not one slice", file=file, found=image.GetSize(), expected="(columns, rows, 1)", fix="give the folder of a series, one file a slice")
-    return image
+
+def _parts_of(image, data, file):
+    "What a volume needs of one SimpleITK image of one slice."
+    if data.ndim != 3 or len(data) != 1:
+        raise DatasetError("is not one slice", file=file, found=data.shape, expected="(1, rows, columns)", fix="give the folder of a series of grey pictures, one file a slice")
+    return np.array(image.GetOrigin()), np.array(image.GetDirection()).reshape(3, 3), np.array(image.GetSpacing()), data[0].T
 
 def _check_steps(files, places):
     "Raise `GeometryError` where a slice is missing or doubled; places (n,) mm along the normal, in order."
@@ -483,34 +502,30 @@ def _check_steps(files, places):
 
 def _check_alike(files, slices):
     "Raise `GeometryError` where slices of one series differ in size, spacing or orientation."
-    first = slices[0]
-    for file, image in zip(files, slices):
-        here, want = ((im.GetSize()[:2], np.round(im.GetSpacing()[:2], 3).tolist(), np.round(im.GetDirection(), 3).tolist()) for im in (image, first))
-        if here != want:
+    said = [(x.shape, spacing[:2].round(3).tolist(), turn.round(3).tolist()) for _, turn, spacing, x in slices]
+    for file, here in zip(files, said):
+        if here != said[0]:
             raise GeometryError("does not fit the other slices of its series", file=file, found=f"{here[0]} pixels of {here[1]} mm",
-                                expected=f"{want[0]} pixels of {want[1]} mm, turned alike", fix="keep one series a folder")
+                                expected=f"{said[0][0]} pixels of {said[0][1]} mm, turned alike", fix="keep one series a folder")
 
 def read_series(
     files,     # of Path: the slices of one series, in any order
 ) -> tuple:    # nibabel image (columns, rows, slices), and the files in its order
     "A DICOM series as a volume, geometry from its headers; raises `DatasetError` or `GeometryError`."
-    import SimpleITK as sitk
     slices = [_read_slice(file) for file in files]
     _check_alike(files, slices)
-    turn = np.array(slices[0].GetDirection()).reshape(3, 3)                          # columns: along a row, along a column, the normal
-    origins = np.array([image.GetOrigin() for image in slices])                      # (n,3) mm, left-back-up
-    order = np.argsort(origins @ turn[:, 2], kind="stable")
-    files, origins = [files[i] for i in order], origins[order]
+    _, turn, (width, height, thick), _ = slices[0]                     # columns of turn: along a row, along a column, the normal
+    order = sorted(range(len(files)), key=lambda i: slices[i][0] @ turn[:, 2])
+    files, origins = [files[i] for i in order], np.stack([slices[i][0] for i in order])   # (n,3) mm, left-back-up
     _check_steps(files, origins @ turn[:, 2])
-    width, height, thick = slices[0].GetSpacing()
     step = (origins[-1] - origins[0])/(len(files) - 1) if len(files) > 1 else turn[:, 2]*thick
     affine = np.eye(4)
     affine[:3] = np.column_stack([turn[:, 0]*width, turn[:, 1]*height, step, origins[0]])
-    affine[:2] *= -1                                                                 # to right-front-up
-    data = np.stack([sitk.GetArrayViewFromImage(slices[i])[0].T for i in order], -1)   # (columns, rows, slices)
+    affine[:2] *= -1                                                   # to right-front-up
+    data = np.stack([slices[i][3] for i in order], -1)                 # (columns, rows, slices)
     return nib.Nifti1Image(data.astype(np.float32 if data.dtype.kind == "f" else np.int32), affine), files
 
-# %% ../../nbs/data/08_official_layouts.ipynb #c036
+# %% ../../nbs/data/08_official_layouts.ipynb #c037
 ABDOMEN_PARTS = ("liver", "kidney R", "kidney L", "spleen")
 CHAOS_MR_CODES = {code: name for name, (low, high) in zip(ABDOMEN_PARTS, ((55, 70), (110, 135), (175, 200), (240, 255)), strict=True) for code in range(low, high + 1)}
 
@@ -567,7 +582,7 @@ CHAOS_CT = Layout("CHAOS CT", {
     "masks": Role(_CHAOS.format("CT", "", r"Ground/[^/]+\.png"), "Train_Sets/{key}/Ground/*.png", many=True),
 }, tuple(f"CT/{n}" for n in (1, 2, 5, 6, 8, 10, 14, 16, 18, 19, *range(21, 31))), 20, partial(read_chaos, names=ABDOMEN_PARTS[:1], codes={255: "liver", 1: "liver"}), "ct")
 
-# %% ../../nbs/data/08_official_layouts.ipynb #c038
+# %% ../../nbs/data/08_official_layouts.ipynb #c039
 def _dicom_tags(part, k, n, place, turn):
     "What SimpleITK needs to write slice k of n, at a place in mm, as part of a series."
     text = lambda numbers: "\\".join(f"{x:.6f}" for x in numbers)
@@ -576,18 +591,18 @@ def _dicom_tags(part, k, n, place, turn):
 
 def _write_series(folder, image, spacing, name, part):
     "(columns, rows, slices) as DICOM files name(k).dcm, slices lying askew."
-    import SimpleITK as sitk
     folder.mkdir(parents=True, exist_ok=True)
     c, s, n = np.cos(0.1), np.sin(0.1), image.shape[2]
     turn = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])                              # askew about the left-right axis
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for k in range(n):
-        slice_ = sitk.GetImageFromArray(image[:, :, k].T[None].astype(np.int16))
-        slice_.SetSpacing([float(x) for x in spacing])
-        for tag, value in _dicom_tags(part, k, n, np.array([-80.0, -60, 20]) + turn[:, 2]*spacing[2]*k, turn).items(): slice_.SetMetaData(tag, value)
-        writer.SetFileName(str(folder/f"{name(n - k)}.dcm"))
-        writer.Execute(slice_)
+    with simpleitk() as sitk:
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        for k in range(n):
+            slice_ = sitk.GetImageFromArray(image[:, :, k].T[None].astype(np.int16))
+            slice_.SetSpacing([float(x) for x in spacing])
+            for tag, value in _dicom_tags(part, k, n, np.array([-80.0, -60, 20]) + turn[:, 2]*spacing[2]*k, turn).items(): slice_.SetMetaData(tag, value)
+            writer.SetFileName(str(folder/f"{name(n - k)}.dcm"))
+            writer.Execute(slice_)
 
 def _replica_chaos(folder, key, index, seed):
     "One abdomen: a DICOM series and label pictures."
@@ -604,7 +619,7 @@ def _replica_chaos(folder, key, index, seed):
         name = spell(n - k) if part == "MR" else f"liver_GT_{n - k - 1:03d}"
         Image.fromarray(table[label[:, :, k].T]).save(home/"Ground"/f"{name}.png")
 
-# %% ../../nbs/data/08_official_layouts.ipynb #c045
+# %% ../../nbs/data/08_official_layouts.ipynb #c046
 LIVER_CLASSES = ("liver", "tumour")
 
 def read_lits(
@@ -624,7 +639,7 @@ def _replica_lits(folder, key, index, seed):
     image, label, affine = _drawn("liver-tumour-ct", index, seed)
     for name, array in (("volume", image), ("segmentation", label)): _save(array, affine, folder/f"Training Batch {1 if int(key) < 28 else 2}"/f"{name}-{key}.nii")
 
-# %% ../../nbs/data/08_official_layouts.ipynb #c048
+# %% ../../nbs/data/08_official_layouts.ipynb #c049
 def _first(keys, n):
     "n keys, spread evenly, so that named parts of a split all get some."
     return [keys[i*len(keys)//n] for i in range(min(n, len(keys)))]
