@@ -783,6 +783,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'medseg_nb/data/public_collections.py'),
                                                    'medseg_nb.data.public_collections._report': ( 'data/public_collections.html#_report',
                                                                                                   'medseg_nb/data/public_collections.py'),
+                                                   'medseg_nb.data.public_collections._save_small': ( 'data/public_collections.html#_save_small',
+                                                                                                      'medseg_nb/data/public_collections.py'),
                                                    'medseg_nb.data.public_collections._slice_of': ( 'data/public_collections.html#_slice_of',
                                                                                                     'medseg_nb/data/public_collections.py'),
                                                    'medseg_nb.data.public_collections._some': ( 'data/public_collections.html#_some',

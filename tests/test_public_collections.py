@@ -19,7 +19,17 @@ from PIL import Image
 
 from medseg_nb.cli import main
 from medseg_nb.core import DatasetError, GeometryError, LabelError, MedsegError, find_collection
-from medseg_nb.data import COLLECTIONS, check_layout, describe_collection, list_collections, load_collection, prepare_collection, split_cases, write_replica
+from medseg_nb.data import (
+    COLLECTIONS,
+    check_layout,
+    describe_collection,
+    list_collections,
+    load_collection,
+    load_modalities,
+    prepare_collection,
+    split_cases,
+    write_replica,
+)
 from medseg_nb.data.official_layouts import (
     BTCV,
     CHAOS_MR,
@@ -516,6 +526,13 @@ def test_list(monkeypatch, tmp_path):
 
 
 # ---- the command
+
+def test_the_two_modalities_of_lssc(prepared):
+    "The CT of Synapse and the MR of CHAOS under one list of classes, as the notebook says."
+    organs = ("liver", "kidney R", "kidney L", "spleen")
+    both = load_modalities({"ct": prepared/"synapse", "mr": prepared/"chaos/mr"}, {"ct": dict(zip(organs, organs)) | {"*": "background"}})
+    assert set(both.classes.values()) == {"background", *organs}
+
 
 def test_the_command(archives, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -214,9 +214,9 @@ BTCV = Layout("BTCV RawData", {
 # %% ../../nbs/data/08_official_layouts.ipynb #c016
 REPLICA_SHAPE = (32, 32, 10)  # voxels of a made-up volume
 
-def _drawn(kind, index, seed):
+def _drawn(kind, index, seed, shape=REPLICA_SHAPE):
     "(image, label, affine) of a phantom case."
-    image, label = draw_case(kind, index, seed, REPLICA_SHAPE)
+    image, label = draw_case(kind, index, seed, shape)
     return np.asarray(image.dataobj), np.asarray(label.dataobj), image.affine
 
 def _save(array, affine, path):
@@ -230,9 +230,9 @@ def _code_of(codes):
     "Class id -> the first code that stands for it; the inverse of `recode`."
     return np.array([next(c for c, i in codes.items() if i == wanted) for wanted in range(max(codes.values()) + 1)])
 
-def _replica_btcv(folder, key, index, seed):
+def _replica_btcv(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One CT with ids of the archive."
-    image, label, affine = _drawn("abdomen-ct", index, seed)
+    image, label, affine = _drawn("abdomen-ct", index, seed, shape)
     codes = _code_of(codes_of(BTCV_CODES, ORGANS))[label]
     codes[:2, :2] = 9                                                      # a vein that the papers leave out
     _save(image, affine, folder/f"RawData/Training/img/img{key}.nii.gz")
@@ -299,10 +299,10 @@ TRANSUNET_TRAIN = Layout("TransUNet train_npz", {
 TRANSUNET_TEST = Layout("TransUNet test_vol_h5", {
     "volume": Role(r"/case(?P<key>\d{4})\.npy\.h5$", "test_vol_h5/case{key}.npy.h5")}, _TEST_CASES, 12, read_transunet)
 
-def _replica_transunet(folder, key, index, seed):
+def _replica_transunet(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One CT as slices, or as a volume if it is a test case."
     import h5py
-    image, label, _ = _drawn("abdomen-ct", index, seed)
+    image, label, _ = _drawn("abdomen-ct", index, seed, shape)
     image = ((image.clip(-125, 275) + 125)/400).astype(np.float32)
     for part in ("train_npz", "test_vol_h5"): (folder/part).mkdir(parents=True, exist_ok=True)
     if key in _TEST_CASES:
@@ -348,10 +348,10 @@ ACDC = Layout("ACDC training", {
     "frames": Role(r"/(?P<key>patient\d{3})_frame\d+(_gt)?\.nii(\.gz)?$", "training/{key}/{key}_frame01.nii.gz, ...", many=True),
 }, tuple(f"patient{n:03d}" for n in range(1, 101)), 100, read_acdc)
 
-def _replica_acdc(folder, key, index, seed):
+def _replica_acdc(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One heart: two frames, their labels, the whole beat, Info.cfg."
     home, frames = folder/"training"/key, (1, 7 + index % 6)
-    beat = [_drawn("cardiac-mr", 2*index + i, seed) for i in range(2)]
+    beat = [_drawn("cardiac-mr", 2*index + i, seed, shape) for i in range(2)]
     for number, (image, label, affine) in zip(frames, beat, strict=True):
         _save(image, affine, home/f"{key}_frame{number:02d}.nii.gz")
         _save(label, affine, home/f"{key}_frame{number:02d}_gt.nii.gz")
@@ -381,14 +381,14 @@ def _blob(shape, rng):
     u, v = dx*np.cos(turn) + dy*np.sin(turn), dy*np.cos(turn) - dx*np.sin(turn)
     return (u/b)**2 + (v/a)**2 < 1 + 0.25*np.sin(3*np.arctan2(v, u) + turn)
 
-def _replica_isic(folder, key, index, seed):
+def _replica_isic(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One lesion on skin, JPG and PNG."
     from PIL import Image
     rng = random_stream("isic", seed, index)
-    shape = (int(rng.integers(60, 90)), int(rng.integers(80, 120)))
-    inside = _blob(shape, rng)
+    size = (int(rng.integers(2*shape[0], 3*shape[0])), int(rng.integers(3*shape[0], 4*shape[0])))
+    inside = _blob(size, rng)
     skin, mole = rng.uniform((190, 140, 120), (235, 185, 165)), rng.uniform((70, 40, 30), (140, 90, 70))
-    picture = np.where(inside[..., None], mole, skin) + rng.normal(0, 6, (*shape, 3))
+    picture = np.where(inside[..., None], mole, skin) + rng.normal(0, 6, (*size, 3))
     for name in ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"): (folder/name).mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder/f"ISIC2018_Task1-2_Training_Input/{key}.jpg", quality=92)
     Image.fromarray(inside.astype(np.uint8)*255).save(folder/f"ISIC2018_Task1_Training_GroundTruth/{key}_segmentation.png")
@@ -417,14 +417,14 @@ def read_bts(
 
 BTS = Layout("figshare brain tumours", {"slice": Role(r"/(?P<key>\d+)\.mat$", "{key}.mat")}, tuple(map(str, range(1, 3065))), 3064, read_bts)
 
-def _replica_bts(folder, key, index, seed):
+def _replica_bts(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One slice; two slices a person."
     import h5py
-    person, rng = index//2, random_stream("bts", seed, index)
-    skull, tumour = _blob((64, 64), random_stream("skull", seed, person)), np.zeros((64, 64), bool)
-    row, column = rng.integers(24, 32, 2)
-    tumour[row:row + 9, column:column + 7] = _blob((9, 7), rng)
-    image = (300*skull + 250*tumour + rng.normal(40, 10, (64, 64))).clip(0).astype(np.int16)
+    person, rng, n = index//2, random_stream("bts", seed, index), 2*shape[0]
+    brain, tumour = _blob((n, n), random_stream("brain", seed, person)), np.zeros((n, n), bool)
+    row, column = rng.integers(3*n//8, n//2, 2)
+    tumour[row:row + n//5, column:column + n//6] = _blob((n//5, n//6), rng)
+    image = (300*brain + 250*tumour + rng.normal(40, 8, (n, n))).clip(0).astype(np.int16)
     folder.mkdir(parents=True, exist_ok=True)
     with h5py.File(folder/f"{key}.mat", "w", userblock_size=512) as f:
         f["cjdata/image"], f["cjdata/tumorMask"], f["cjdata/label"] = image.T, tumour.T.astype(np.uint8), np.array([[person % 3 + 1]], float)
@@ -451,12 +451,16 @@ def _mmwhs(part):
 
 MMWHS_CT, MMWHS_MR = _mmwhs("ct"), _mmwhs("mr")
 
-def _replica_mmwhs(folder, key, index, seed):
+def _replica_mmwhs(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One heart, its atria and vessels as bars beside it; every third one with the stray code."
-    image, label, affine = _drawn("cardiac-mr", 2*index, seed)
+    image, label, affine = _drawn("cardiac-mr", 2*index, seed, shape)
     codes = np.array([0, 600, 205, 500])[label]                             # RV, MYO, LV of the phantom
-    for row, code in enumerate((421 if index % 3 == 1 else 420, 550, 820, 850)): codes[2 + 2*row:4 + 2*row, 2:8][codes[2 + 2*row:4 + 2*row, 2:8] == 0] = code
-    image = image + (codes > 600)*200 - (1000 if key.startswith("ct") else 0)
+    n = shape[0]//16
+    for row, code in enumerate((421 if index % 3 == 1 else 420, 550, 820, 850)):
+        bar = codes[n*(1 + row):n*(2 + row), n:4*n]
+        bar[bar == 0] = code
+    image = image + (codes > 600)*200
+    if key.startswith("ct"): image = 300*image/np.percentile(image, 99) - 50          # HU of blood with contrast
     for name, array in (("image", image), ("label", codes)): _save(array, affine, folder/key[:8]/f"{key}_{name}.nii.gz")
 
 # %% ../../nbs/data/08_official_layouts.ipynb #c035
@@ -604,11 +608,11 @@ def _write_series(folder, image, spacing, name, part):
             writer.SetFileName(str(folder/f"{name(n - k)}.dcm"))
             writer.Execute(slice_)
 
-def _replica_chaos(folder, key, index, seed):
+def _replica_chaos(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One abdomen: a DICOM series and label pictures."
     from PIL import Image
     part, home = key[:2], folder/"Train_Sets"/key/("T2SPIR" if key.startswith("MR") else "")
-    image, label, affine = _drawn(f"abdomen-{part.lower()}", index, seed)
+    image, label, affine = _drawn(f"abdomen-{part.lower()}", index, seed, shape)
     image, label = image[::-1, ::-1], label[::-1, ::-1]                             # columns run to the left, rows to the back
     code = {"liver": 63, "kidney R": 126, "kidney L": 189, "spleen": 252} if part == "MR" else {"liver": 255}
     table = np.array([0, *(code.get(organ, 0) for organ in ORGANS)], np.uint8)
@@ -634,9 +638,9 @@ LITS = Layout("LiTS training batches", {
     "label": Role(r"/segmentation-(?P<key>\d+)\.nii(\.gz)?$", "segmentation-{key}.nii"),
 }, tuple(map(str, range(131))), 131, read_lits)
 
-def _replica_lits(folder, key, index, seed):
+def _replica_lits(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One liver, not compressed."
-    image, label, affine = _drawn("liver-tumour-ct", index, seed)
+    image, label, affine = _drawn("liver-tumour-ct", index, seed, shape)
     for name, array in (("volume", image), ("segmentation", label)): _save(array, affine, folder/f"Training Batch {1 if int(key) < 28 else 2}"/f"{name}-{key}.nii")
 
 # %% ../../nbs/data/08_official_layouts.ipynb #c049
@@ -661,10 +665,11 @@ def write_replica(
     folder,        # to write in
     cases:int=6,   # of each part: in `acdc` patients, in `bts` slices, two a person
     seed:int=0,    # the same seed gives the same patients
+    shape=REPLICA_SHAPE,  # voxels of a volume; pictures and slices are two to four times as wide
 ) -> Path:
     "Made-up cases in the official layout of a public collection; raises `DatasetError` for a name it does not know."
     if name not in REPLICAS: raise DatasetError("no replica is called so", found=name, expected=", ".join(REPLICAS))
     if cases < 1: raise DatasetError("a replica needs at least one case", found=cases)
     for keys, write in REPLICAS[name]:
-        for i, key in enumerate(_first(keys, cases)): write(Path(folder), key, i, seed)
+        for i, key in enumerate(_first(keys, cases)): write(Path(folder), key, i, seed, shape)
     return Path(folder)

@@ -22,7 +22,7 @@ from .official_layouts import (ABDOMEN_PARTS, ACDC, BTCV, BTS, CHAOS_CT, CHAOS_M
                                              TRANSUNET_TEST, TRANSUNET_TRAIN, TUMOURS, Written, list_files, read_bts, take_inventory)
 from .phantoms import HEART, ORGANS
 from .slices import slices_last
-from .volumes import load_label, load_volume, spacing_of
+from .volumes import load_label, load_volume, normalize, spacing_of
 
 # %% ../../nbs/data/04_public_collections.ipynb #c005
 class Part(NamedTuple):
@@ -172,7 +172,7 @@ def make_splits(
     else: part_of = divide_people({w.person: w.group for w in written}, split.percent)
     return {p: [w.id for w in written if part_of[w.person] == p] for p in _PARTS} | {"from": split.origin}
 
-# %% ../../nbs/data/04_public_collections.ipynb #c014
+# %% ../../nbs/data/04_public_collections.ipynb #c015
 def _record_file(out, case):
     "Where it is noted that a case is done."
     return out/".prepared"/f"{case.key.replace('/', '_')}.json"
@@ -273,7 +273,7 @@ def prepare_collection(
     for part in parts: _prepare_part(name, part, [i for i in inventories if i.layout.part == part], out/part, workers)
     return out
 
-# %% ../../nbs/data/04_public_collections.ipynb #c019
+# %% ../../nbs/data/04_public_collections.ipynb #c020
 _SAMPLES = (24, 24, 12)  # points of the coarse grid on which images are compared
 
 def _fingerprint(x):
@@ -306,10 +306,11 @@ def _some(words, n=3):
     return ", ".join(words[:n]) + (f" and {len(words) - n} more" if len(words) > n else "")
 
 def _spacing_warnings(frame):
-    "Spacings that differ by more than three times."
+    "Spacings that differ by more than three times, among cases that have one."
+    known = frame[~frame["no grid"]]
     for axis in "xyz":
-        mm = frame[f"mm {axis}"]
-        if mm.max() > 3*mm.min(): yield f"spacings along {axis} differ by more than 3 times: {mm.min():g} mm in {mm.idxmin()}, {mm.max():g} mm in {mm.idxmax()}; resample"
+        mm = known[f"mm {axis}"]
+        if len(mm) and mm.max() > 3*mm.min(): yield f"spacings along {axis} differ by more than 3 times: {mm.min():g} mm in {mm.idxmin()}, {mm.max():g} mm in {mm.idxmax()}; resample"
 
 def _intensity_warnings(frame):
     "Cases whose intensities are unlike those of the others."
@@ -355,17 +356,17 @@ def describe_collection(
     frame = pd.DataFrame.from_dict(rows, orient="index")
     return CollectionReport(frame, _warnings(collection, frame, prints), draw_montage(collection, montage) if montage else None)
 
-# %% ../../nbs/data/04_public_collections.ipynb #c021
-def _slice_of(case):
-    "((h,w) or (h,w,3) in [0,1], (h,w) class ids, pixel's height by width) of the slice with the most labelled voxels."
+# %% ../../nbs/data/04_public_collections.ipynb #c022
+def _slice_of(case, rule):
+    "((h,w,3) in [0,1], (h,w) class ids, pixel's height by width) of the slice that shows most of every class."
     label = slices_last(load_label(case.label))
     y = np.asarray(label.dataobj)
-    k = int((y > 0).sum((0, 1)).argmax())
+    counts = np.stack([(y == i).sum((0, 1)) for i in np.unique(y[y > 0])] or [np.zeros(y.shape[2])])    # (classes, slices)
+    k = int((counts/counts.sum(1, keepdims=True).clip(1)).sum(0).argmax())
     planes = [np.asarray(slices_last(load_volume(f)).dataobj)[:, :, k].T[::-1] for f in case.images]   # top row: the patient's front, or a picture's top
-    x = np.stack(planes if len(planes) == 3 else planes[:1]*3, -1)
-    low, high = (0, 255) if len(planes) == 3 else np.percentile(x, (1, 99))
+    shown = [x/255 for x in planes] if len(planes) == 3 else [normalize(planes[0], rule)]*3
     width, height = spacing_of(label)[:2]
-    return ((x - low)/max(high - low, 1e-9)).clip(0, 1), y[:, :, k].T[::-1], height/width
+    return np.stack(shown, -1).clip(0, 1), y[:, :, k].T[::-1], height/width
 
 def draw_montage(
     collection,     # Collection
@@ -376,16 +377,23 @@ def draw_montage(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     cases = [collection.cases[i] for i in np.linspace(0, len(collection.cases) - 1, min(n, len(collection.cases))).round().astype(int)]
-    columns = min(4, len(cases))
-    rows, colours = -(-len(cases)//columns), colormaps["tab10"].colors
-    figure = Figure(figsize=(2.3*columns, 2.4*rows + 0.3), layout="constrained", dpi=90)
+    columns, colours = min(4, len(cases)), colormaps["tab10"].colors
+    rows = -(-len(cases)//columns)
+    figure = Figure(figsize=(2.2*columns, 2.3*rows + 0.3), layout="constrained", dpi=80)
     for ax, case in zip(figure.subplots(rows, columns, squeeze=False).flat, cases):
-        x, y, aspect = _slice_of(case)
+        x, y, aspect = _slice_of(case, "ct" if collection.modality == "ct" else "percentile")
         ax.imshow(x, aspect=aspect); ax.set_title(case.id, fontsize=7)
         for i in np.unique(y[y > 0]): ax.contour(y == i, [0.5], colors=[colours[(i - 1) % 10]], linewidths=1.1)
     for ax in figure.axes: ax.axis("off")
     names = list(collection.classes.items())[1:11]
     handles = [figure.axes[0].plot([], [], color=colours[(i - 1) % 10], label=name)[0] for i, name in names]
     figure.legend(handles=handles, ncols=min(8, len(handles)), loc="outside lower center", frameon=False, fontsize=7)
-    with write_atomically(path) as temporary: figure.savefig(temporary, format="png")
+    _save_small(figure, path)
     return Path(path)
+
+def _save_small(figure, path):
+    "A figure as PNG of 128 colours: a third of the bytes."
+    from io import BytesIO
+    from PIL import Image
+    figure.savefig(drawn := BytesIO(), format="png", bbox_inches="tight", pad_inches=0.05)
+    with write_atomically(path) as temporary, Image.open(drawn) as picture: picture.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
