@@ -388,12 +388,16 @@ def draw_montage(
     names = list(collection.classes.items())[1:11]
     handles = [figure.axes[0].plot([], [], color=colours[(i - 1) % 10], label=name)[0] for i, name in names]
     figure.legend(handles=handles, ncols=min(8, len(handles)), loc="outside lower center", frameon=False, fontsize=7)
-    _save_small(figure, path)
+    _save_small(figure, path, colours)
     return Path(path)
 
-def _save_small(figure, path):
-    "A figure as PNG of 128 colours: a third of the bytes."
+def _save_small(figure, path, colours):
+    "A figure as PNG of 100 colours, the given ones among them: a third of the bytes."
     from io import BytesIO
     from PIL import Image
     figure.savefig(drawn := BytesIO(), format="png", bbox_inches="tight", pad_inches=0.05)
-    with write_atomically(path) as temporary, Image.open(drawn) as picture: picture.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
+    with write_atomically(path) as temporary, Image.open(drawn) as opened:
+        picture, table = opened.convert("RGB"), Image.new("P", (1, 1))
+        own = [round(255*x) for colour in colours for x in colour]
+        table.putpalette(own + picture.quantize(100 - len(colours)).getpalette()[:3*(100 - len(colours))])
+        picture.quantize(palette=table, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True)
