@@ -270,6 +270,38 @@ def test_what_is_new_is_added(copy, tmp_path):
     assert before.items() <= now.items() and len(now) == len(before) + 1
 
 
+def test_a_frame_that_is_named_no_more_goes(copy, tmp_path):
+    "Info.cfg is corrected: what was made of the wrong frame does not stay."
+    raw = copy("acdc")
+    out = prepare_collection("acdc", raw, tmp_path/"out", partial=True)
+    home = raw/"training/patient001"
+    for end in ("", "_gt"): (home/f"patient001_frame07{end}.nii.gz").rename(home/f"patient001_frame09{end}.nii.gz")
+    edit(home/"Info.cfg", "ES: 7", "ES: 9 ")
+    names = {c.id for c in load_collection(prepare_collection("acdc", raw, out, partial=True)).cases}
+    assert "patient001_frame09" in names and "patient001_frame07" not in names and len(names) == 2*CASES
+
+
+def test_what_is_lost_and_cannot_be_made_again(copy, tmp_path):
+    "A label map is gone from the folder, its case in the archive is damaged: the rest is still a collection."
+    raw = copy("lits")
+    out = prepare_collection("lits", raw, tmp_path/"out", partial=True)
+    (out/"labelsTr/lits_000.nii.gz").unlink(); (out/"imagesTr/lits_000_0000.nii.gz").unlink()
+    first(raw, "volume-0.nii").write_bytes(b"x")
+    with pytest.raises(DatasetError, match="truncated"): prepare_collection("lits", raw, out, partial=True)
+    assert len(load_collection(out)) == CASES - 1
+
+
+def test_links_are_followed(copy, tmp_path):
+    raw = copy("lits")
+    (tmp_path/"linked").mkdir()
+    for folder in raw.iterdir(): (tmp_path/"linked"/folder.name).symlink_to(folder, target_is_directory=True)
+    assert len(check_layout("lits", tmp_path/"linked")[0].cases) == CASES
+
+
+def test_no_workers(archives, tmp_path):
+    with pytest.raises(MedsegError, match="at a time"): prepare_collection("lits", archives/"lits", tmp_path/"out", workers=-1, partial=True)
+
+
 KILLED = """
 import json, sys
 from common import die
@@ -415,6 +447,7 @@ WHOLE = {   # the archive as a whole is not as it should be
     "renamed by a file manager": ("synapse", lambda raw: rename(raw, "img0*", lambda n: n.replace(".nii", " (1).nii")), "expected img0001.nii.gz"),
     "renamed to a copy": ("lits", lambda raw: rename(raw, "volume*", lambda n: f"Copy of {n}"), "expected volume-0.nii"),
     "there twice": ("lits", lambda raw: shutil.copy(first(raw, "volume*"), raw), "is there twice"),
+    "labels not unpacked": ("synapse", lambda raw: shutil.rmtree(raw/"RawData/Training/label"), "no complete case"),
     "another archive": ("bts", lambda raw: [p.rename(p.with_suffix(".txt")) for p in raw.glob("*.mat")], "holds nothing of bts"),
 }
 

@@ -47,38 +47,51 @@ class PublicCollection(NamedTuple):
     parts: dict      # {"" or "ct", "mr": Part}
     layouts: tuple   # alternatives, each a tuple of Layout that belong together
     split: Split
+    note: str = ""   # what dataset.json must say besides
 
-_70_10_20 = (70, 10, 20)
-_BTS = ("figshare, T1ce brain tumours", "233 people, 3064 slices", "0.9 GB", "CC BY 4.0", "https://figshare.com/articles/dataset/brain_tumor_dataset/1512427", "SynergyNet 4")
-_BTS_SPLIT = Split(_70_10_20, "by person, even over the three tumour types. The paper says about 80:20 for training and test and not who; here validation is taken from the 80. "
-                              "A split by slice would put every person into every part")
+_PIXELS = "spacing unknown: distances are in pixels"
+_BTS = PublicCollection(
+    what="T1ce slices of brain tumours (figshare)", subjects="233 people, 3064 slices", size="0.9 GB", licence="CC BY 4.0",
+    register="https://figshare.com/articles/dataset/brain_tumor_dataset/1512427", used_in="SynergyNet 4",
+    parts={"": Part(("tumour",), ("T1ce",))}, layouts=((BTS,),), note=_PIXELS,
+    split=Split((70, 10, 20), "by person, even over the three tumour types. The paper says about 80:20 for training and test and not who; "
+                              "here validation is taken from the 80. A split by slice would put every person into every part"))
+_BTS_TYPES = BTS._replace(name="figshare brain tumours, by type", read=lambda case, out: read_bts(case, out, types=True))
 
 COLLECTIONS = {
     "synapse": PublicCollection(
-        "abdominal CT (BTCV)", "30 CT", "1.5 GB", "terms of the site, after registration", "https://www.synapse.org/Synapse:syn3193805",
-        "SynergyNet 1, 5-9; L2GNet 1, 3-5; CMAformer I; LSSC (CT of the abdomen)", {"": Part(tuple(ORGANS), ("CT",))}, ((BTCV,), (TRANSUNET_TRAIN, TRANSUNET_TEST)),
-        Split((), "TransUNet's lists, as the papers use them: 18 cases train, 12 test. Choice: of the 18, the last two (0039, 0040) validate; move them to train to have exactly the paper's 18",
-              {"validation": ("0039", "0040"), "test": TRANSUNET_TEST.keys})),
+        what="abdominal CT (BTCV)", subjects="30 CT", size="1.5 GB", licence="terms of the site, after registration",
+        register="https://www.synapse.org/Synapse:syn3193805", used_in="SynergyNet 1, 5-9; L2GNet 1, 3-5; CMAformer I; LSSC (CT of the abdomen)",
+        parts={"": Part(tuple(ORGANS), ("CT",))}, layouts=((BTCV,), (TRANSUNET_TRAIN, TRANSUNET_TEST)),
+        split=Split((), "TransUNet's lists, as the papers use them: 18 cases train, 12 test. Choice: of the 18, the last two (0039, 0040) validate; "
+                        "move them to train to have exactly the paper's 18", {"validation": ("0039", "0040"), "test": TRANSUNET_TEST.keys})),
     "acdc": PublicCollection(
-        "cardiac cine MR, end diastole and end systole", "100 people, 200 volumes", "1.6 GB", "CC BY-NC-SA 4.0, research only", "https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html",
-        "SynergyNet 2, 5-9; L2GNet 2-5", {"": Part(tuple(HEART), ("MRI",))}, ((ACDC,),),
-        Split(_70_10_20, "70/10/20 people as in the papers, which do not say who; here even over the five diagnoses")),
+        what="cardiac cine MR, end diastole and end systole", subjects="100 people, 200 volumes", size="about 2 GB", licence="CC BY-NC-SA 4.0, research only",
+        register="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html", used_in="SynergyNet 2, 5-9; L2GNet 2-5",
+        parts={"": Part(tuple(HEART), ("MRI",))}, layouts=((ACDC,),),
+        split=Split((70, 10, 20), "70/10/20 people as in the papers, which do not say who; here even over the five diagnoses")),
     "isic2018": PublicCollection(
-        "photographs of skin lesions", "2594 pictures", "10.4 GB", "CC BY-NC 4.0", "https://challenge.isic-archive.com/data/#2018", "SynergyNet 3",
-        {"": Part(("lesion",), ("red", "green", "blue"))}, ((ISIC,),), Split(_70_10_20, "70/10/20 of the pictures, in an order given by a hash of their names; the paper refers to earlier work, which does not publish its lists")),
-    "bts": PublicCollection(*_BTS, {"": Part(("tumour",), ("T1ce",))}, ((BTS,),), _BTS_SPLIT),
-    "bts-types": PublicCollection("the same with three classes", *_BTS[1:5], "beside SynergyNet 4", {"": Part(TUMOURS, ("T1ce",))},
-                                  ((BTS._replace(name="figshare brain tumours, by type", read=lambda case, out: read_bts(case, out, types=True)),),), _BTS_SPLIT),
+        what="photographs of skin lesions", subjects="2594 pictures", size="10.4 GB", licence="CC BY-NC 4.0",
+        register="https://challenge.isic-archive.com/data/#2018", used_in="SynergyNet 3",
+        parts={"": Part(("lesion",), ("red", "green", "blue"))}, layouts=((ISIC,),), note=_PIXELS,
+        split=Split((70, 10, 20), "70/10/20 of the pictures, in an order given by a hash of their names; the paper refers to earlier work for its split")),
+    "bts": _BTS,
+    "bts-types": _BTS._replace(what="the same with three classes", used_in="beside SynergyNet 4", parts={"": Part(TUMOURS, ("T1ce",))}, layouts=((_BTS_TYPES,),)),
     "mmwhs": PublicCollection(
-        "whole hearts, CT and MR of other people", "20 CT, 20 MR", "about 1 GB", "research only, after registration", "https://zmiclab.github.io/zxh/0/mmwhs/", "LSSC 1-5",
-        {"ct": Part(HEART_PARTS, ("CT",)), "mr": Part(HEART_PARTS, ("MRI",))}, ((MMWHS_CT, MMWHS_MR),), Split(_70_10_20, "70/10/20 people of each modality as in the paper, which does not say who")),
+        what="whole hearts, CT and MR of other people", subjects="20 CT, 20 MR", size="about 1 GB", licence="research only, after registration",
+        register="https://zmiclab.github.io/zxh/0/mmwhs/", used_in="LSSC 1-5",
+        parts={"ct": Part(HEART_PARTS, ("CT",)), "mr": Part(HEART_PARTS, ("MRI",))}, layouts=((MMWHS_CT, MMWHS_MR),),
+        split=Split((70, 10, 20), "70/10/20 people of each modality as in the paper, which does not say who")),
     "chaos": PublicCollection(
-        "healthy abdomens, MR (T2-SPIR) and CT of other people", "20 MR, 20 CT", "0.9 GB", "CC BY-NC-SA 4.0", "https://zenodo.org/records/3431873", "LSSC (MR of the abdomen)",
-        {"mr": Part(ABDOMEN_PARTS, ("MRI",)), "ct": Part(ABDOMEN_PARTS[:1], ("CT",))}, ((CHAOS_MR, CHAOS_CT),),
-        Split(_70_10_20, "70/10/20 people of each modality; the paper draws 9 of the 20 MR five times and does not say which")),
+        what="healthy abdomens, MR (T2-SPIR) and CT of other people", subjects="20 MR, 20 CT", size="0.9 GB", licence="CC BY-NC-SA 4.0",
+        register="https://zenodo.org/records/3431873", used_in="LSSC (MR of the abdomen)",
+        parts={"mr": Part(ABDOMEN_PARTS, ("MRI",)), "ct": Part(ABDOMEN_PARTS[:1], ("CT",))}, layouts=((CHAOS_MR, CHAOS_CT),),
+        split=Split((70, 10, 20), "70/10/20 people of each modality; the paper draws 9 of the 20 MR five times and does not say which")),
     "lits": PublicCollection(
-        "abdominal CT with liver tumours", "131 CT", "about 50 GB unpacked", "CC BY-NC-ND 4.0", "https://competitions.codalab.org/competitions/17094", "CMAformer II, III",
-        {"": Part(LIVER_CLASSES, ("CT",))}, ((LITS,),), Split((80, 15, 5), "80/15/5 (train/validation/test) as in the paper, which does not say who")),
+        what="abdominal CT with liver tumours", subjects="131 CT", size="about 50 GB unpacked", licence="CC BY-NC-ND 4.0",
+        register="https://competitions.codalab.org/competitions/17094", used_in="CMAformer II, III",
+        parts={"": Part(LIVER_CLASSES, ("CT",))}, layouts=((LITS,),), note="volumes 28 to 47 come without their spacing: distances there are in voxels",
+        split=Split((80, 15, 5), "80/15/5 (train/validation/test) as in the paper, which does not say who")),
 }
 
 def find_public(
@@ -187,11 +200,20 @@ def _read_record(file):
     try: return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
+def _stands(out, record):
+    "Whether the files of a record are there."
+    return bool(record) and all((out/"labelsTr"/f"{id}.nii.gz").is_file() and (out/"imagesTr"/f"{id}_0000.nii.gz").is_file() for id, *_ in record["written"])
+
 def _is_done(out, case):
     "Whether a case was converted from just these files and is still there."
     record = _read_record(_record_file(out, case))
-    if not record or record.get("sources") != _sources(case): return False
-    return all((out/"labelsTr"/f"{id}.nii.gz").is_file() and (out/"imagesTr"/f"{id}_0000.nii.gz").is_file() for id, *_ in record["written"])
+    return _stands(out, record) and record["sources"] == _sources(case)
+
+def _forget(out, record, kept):
+    "Remove what an earlier run made of a case under other ids, e.g. of frames that Info.cfg no longer names."
+    for id, *_ in (_read_record(record) or {"written": []})["written"]:
+        if id in kept: continue
+        for file in (*out.glob(f"imagesTr/{id}_[0-9][0-9][0-9][0-9].nii.gz"), out/"labelsTr"/f"{id}.nii.gz"): file.unlink(missing_ok=True)
 
 def _convert(layout, case, out):
     "Write one case in a folder of its own, move it to its place, note it."
@@ -200,6 +222,7 @@ def _convert(layout, case, out):
     shutil.rmtree(half, ignore_errors=True)
     try:
         written = layout.read(case, half)
+        _forget(out, record, {w.id for w in written})
         for file in sorted(half.glob("*/*.nii.gz"), reverse=True):                  # labels first: an image alone would be an error of the collection
             (out/file.parent.name).mkdir(exist_ok=True)
             os.replace(file, out/file.parent.name/file.name)
@@ -208,6 +231,7 @@ def _convert(layout, case, out):
 
 def _in_parallel(work, items, what, workers=None):
     "Do `work` on all items on several threads, with a progress bar: [(item, result or MedsegError)] in the order of the items."
+    if workers is not None and workers < 1: raise MedsegError("so many cases at a time cannot be", found=workers, expected="a whole number, 1 or more")
     pool, done = ThreadPoolExecutor(workers or os.cpu_count() or 1), {}
     try:
         futures = {pool.submit(work, item): i for i, item in enumerate(items)}
@@ -232,11 +256,12 @@ def _finish(out, name, part, layouts):
     "dataset.json and splits.json of all cases that are done so far."
     known = COLLECTIONS[name]
     records = sorted(file for file in (out/".prepared").glob("*.json") if file.name != "collection.json")
-    written = [Written(*w) for record in map(_read_record, records) if record for w in record["written"]]
+    standing = [record for record in map(_read_record, records) if _stands(out, record)]
+    written = [Written(*w) for record in standing for w in record["written"]]
     if not written: return
     classes, channels = known.parts[part]
-    said = [f"{known.what}, from {' and '.join(layout.name for layout in layouts)}", f"licence: {known.licence}", f"{len(records)} of {sum(layout.count for layout in layouts)} cases of the archive"]
-    if layouts[0] in (TRANSUNET_TRAIN, TRANSUNET_TEST, ISIC) or name.startswith("bts"): said.append("spacing unknown: distances are in pixels")
+    said = [f"{known.what}, from {' and '.join(layout.name for layout in layouts)}", f"licence: {known.licence}", f"{len(standing)} of {sum(layout.count for layout in layouts)} cases of the archive"]
+    if note := known.note or (_PIXELS if layouts[0] is TRANSUNET_TRAIN else ""): said.append(note)
     with write_atomically(out/"splits.json") as file: file.write_text(json.dumps(make_splits(known.split, written), indent=1), encoding="utf-8")
     write_dataset_json(out, f"{name}-{part}" if part else name, dict(enumerate(("background", *classes))), dict(enumerate(channels)), len(written), "; ".join(said))
 
