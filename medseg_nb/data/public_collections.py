@@ -408,7 +408,7 @@ def draw_montage(
     for ax, case in zip(figure.subplots(rows, columns, squeeze=False).flat, cases):
         x, y, aspect = _slice_of(case, "ct" if collection.modality == "ct" else "percentile")
         ax.imshow(x, aspect=aspect); ax.set_title(case.id, fontsize=7)
-        for i in np.unique(y[y > 0]): ax.contour(y == i, [0.5], colors=[colours[(i - 1) % 10]], linewidths=1.1)
+        for i in np.unique(y[y > 0]): ax.contour(y == i, [0.5], colors=[colours[(i - 1) % 10]], linewidths=1.3)
     for ax in figure.axes: ax.axis("off")
     names = list(collection.classes.items())[1:11]
     handles = [figure.axes[0].plot([], [], color=colours[(i - 1) % 10], label=name)[0] for i, name in names]
@@ -417,12 +417,12 @@ def draw_montage(
     return Path(path)
 
 def _save_small(figure, path, colours):
-    "A figure as PNG of 100 colours, the given ones among them: a third of the bytes."
+    "A figure as PNG of about 100 colours, the given ones among them: a third of the bytes."
     from io import BytesIO
     from PIL import Image
     figure.savefig(drawn := BytesIO(), format="png", bbox_inches="tight", pad_inches=0.05)
     with write_atomically(path) as temporary, Image.open(drawn) as opened:
         picture, table = opened.convert("RGB"), Image.new("P", (1, 1))
-        own = [round(255*x) for colour in colours for x in colour]
-        table.putpalette(own + picture.quantize(100 - len(colours)).getpalette()[:3*(100 - len(colours))])
+        own = [round(255*x) for colour in (*colours, (1, 1, 1)) for x in colour]         # and white, for the paper
+        table.putpalette(own + picture.quantize(90).getpalette()[:270])
         picture.quantize(palette=table, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True)
