@@ -4,8 +4,9 @@
 __all__ = ['find_data', 'show_models', 'run_phantom', 'make_recipe', 'read_labelled', 'run_train', 'print_scores', 'report_run',
            'open_runs', 'score_part', 'run_evaluate', 'find_images', 'run_predict', 'predict_case', 'run_surfaces',
            'read_pairs', 'refuse_modalities', 'refuse_labels', 'find_modalities', 'make_multimodal_recipe',
-           'train_several', 'compare_several', 'read_seeds', 'plan_comparison', 'as_methods', 'run_compare', 'run_demo',
-           'make_parser', 'main']
+           'train_several', 'compare_several', 'read_seeds', 'plan_comparison', 'as_methods', 'run_compare',
+           'run_data_list', 'run_data_prepare', 'parts_of', 'run_data_show', 'print_collection', 'run_data_replica',
+           'run_demo', 'make_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #c002
 import argparse
@@ -305,6 +306,62 @@ def run_compare(args) -> None:
     if args.publish: print(f"{len(publish(result.folder, args.publish))} files in {args.publish}")
 
 # %% ../nbs/99_cli.ipynb #c015
+def run_data_list(args) -> None:
+    "medseg data list: the public collections, where to register, and which are here."
+    from medseg_nb.data.public_collections import list_collections
+    for name, row in list_collections().iterrows():
+        print(f"{name}  [{row.state}]\n  {row.what}: {row.subjects}; {row.classes}\n  {row['used in']}\n  {row['size']}; {row.licence}; {row.register}")
+
+def run_data_prepare(args) -> None:
+    "medseg data prepare: check an official archive, and convert it."
+    from medseg_nb.data.public_collections import check_layout, describe_inventory, prepare_collection, refuse_incomplete
+    inventories = check_layout(args.name, args.raw)
+    for inventory in inventories: print(describe_inventory(inventory))
+    if args.check:
+        for inventory in inventories: refuse_incomplete(inventory, args.raw, args.partial)
+        return
+    if args.out is None: raise MedsegError("prepare needs a folder to write", expected="--out DIR, or --check to look only")
+    out = prepare_collection(args.name, args.raw, args.out, args.workers, args.partial)
+    for folder in parts_of(out): print(f"{folder}: look at it with {shlex.join(['medseg', 'data', 'show', str(folder)])}")
+
+def parts_of(
+    path,  # a collection, or the folder of its parts ct and mr
+) -> list: # of Path
+    "The collections in a folder; raises `DatasetError` where there is none."
+    found = [folder for folder in (Path(path), Path(path)/"ct", Path(path)/"mr") if (folder/"dataset.json").is_file()]
+    if found: return found
+    raise DatasetError("holds no collection", file=path, expected="dataset.json, imagesTr, labelsTr", fix="an official archive is converted by medseg data prepare")
+
+def run_data_show(args) -> None:
+    "medseg data show: grids, intensities, voxels per class, a picture, warnings."
+    from medseg_nb.data.public_collections import describe_collection
+    folders = parts_of(find_data(args.data))
+    for folder in folders:
+        name = "-".join(folder.absolute().parts[-2 if folder.name in ("ct", "mr") else -1:])
+        montage, table = ((Path(given).with_stem(f"{Path(given).stem}-{folder.name}") if given and len(folders) > 1 else given) for given in (args.montage, args.out))
+        report = describe_collection(folder, montage or f"{name}.png", args.workers)
+        print_collection(folder, report)
+        if table: report.cases.to_csv(table)
+
+def print_collection(
+    folder:Path,
+    report,       # a CollectionReport
+) -> None:
+    "What a person wants to know of a collection, in a terminal."
+    table = report.cases.drop(columns="no grid")
+    parts, shapes = table.part.replace("", "in no part").value_counts(), table["shape"].value_counts().head(3)
+    print(f"-- {folder}: {len(table)} cases of {table.person.nunique()} persons; " + ", ".join(f"{part} {n}" for part, n in parts.items()))
+    print(table.select_dtypes("number").agg(["min", "mean", "max"]).T.to_string(float_format=lambda x: f"{x:.4g}"))
+    print("shapes: " + ", ".join(f"{' x '.join(map(str, shape))} ({n})" for shape, n in shapes.items()))
+    for warning in report.warnings: print(f"warning: {warning}")
+    print(f"montage: {report.montage}")
+
+def run_data_replica(args) -> None:
+    "medseg data replica: made-up cases in an official layout."
+    from medseg_nb.data.official_layouts import write_replica
+    print(write_replica(args.name, args.out, args.cases, args.seed))
+
+# %% ../nbs/99_cli.ipynb #c017
 def run_demo(args) -> None:
     "medseg demo: train, score, predict one unseen case, write the report."
     import shutil
@@ -321,7 +378,7 @@ def run_demo(args) -> None:
     predict_case(run, unseen.images, out/"masks"/f"{unseen.id}.nii.gz")
     print(f"mask:   {out/'masks'/unseen.id}.nii.gz")
 
-# %% ../nbs/99_cli.ipynb #c017
+# %% ../nbs/99_cli.ipynb #c019
 def _add(commands, name, run, what, example):
     "One sub-command with its example."
     parser = commands.add_parser(name, help=what, description=what, epilog=f"example: {example}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -389,18 +446,48 @@ def _add_surfaces(commands):
     p.add_argument("--clip", type=float, default=None, help="mm, where the colours of the differences end; by default a round number above nearly all, 10 at most")
     p.add_argument("--out", required=True, help="an .html file; the still picture is a .png beside it")
 
-def make_parser() -> argparse.ArgumentParser:
-    "The parser of the `medseg` command."
-    parser = argparse.ArgumentParser(prog="medseg", description="Train, measure and explain medical image segmentation.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    p = _add(commands, "models", show_models, "list the models and what they cost", "medseg models")
-    p.add_argument("--classes", type=int, default=9, help="classes, background included")
+def _add_phantom(commands):
+    "Kind, number, seed, shape, folder."
     p = _add(commands, "phantom", run_phantom, "write a collection of made-up cases", "medseg phantom abdomen-ct --cases 12 --out runs/abdomen")
     p.add_argument("kind", help="abdomen-ct, abdomen-mr, cardiac-mr, head-ct, head-mr or liver-tumour-ct")
     p.add_argument("--cases", type=int, default=20, help="how many")
     p.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     p.add_argument("--shape", default=None, help="voxels, e.g. 96x96x16; by default the kind's")
     p.add_argument("--out", required=True, help="folder to write")
+
+def _add_data(commands):
+    "The sub-command with sub-commands of its own."
+    p = _add(commands, "data", None, "the papers' own data: list, prepare, show", "medseg data list")
+    of = p.add_subparsers(required=True, metavar="what")
+    _add(of, "list", run_data_list, "what there is, where to register, what is here", "medseg data list")
+    p = _add(of, "prepare", run_data_prepare, "an official download becomes one folder, with the paper's classes and split", "medseg data prepare acdc --raw ~/Downloads/ACDC --out data/acdc")
+    p.add_argument("name", help="a name from `medseg data list`")
+    p.add_argument("--raw", required=True, help="the unpacked archive")
+    p.add_argument("--out", default=None, help="folder to write: new, or one this began")
+    p.add_argument("--check", action="store_true", help="look whether the archive is whole, and convert nothing")
+    p.add_argument("--partial", action="store_true", help="take the complete cases of an archive that is not whole")
+    p.set_defaults(again="go on with the same command")
+    workers = "cases at a time; by default one a processor"
+    p.add_argument("--workers", type=int, default=None, help=workers)
+    p = _add(of, "show", run_data_show, "grids, intensities, voxels per class, a picture, warnings", "medseg data show cardiac-mr")
+    p.add_argument("data", help="a folder with dataset.json, a collection below MEDSEG_DATA, or a phantom kind")
+    p.add_argument("--montage", default=None, help="PNG to write; by default the name of the folder, here")
+    p.add_argument("--out", default=None, help="CSV to write, a row a case")
+    p.add_argument("--workers", type=int, default=None, help=workers)
+    p = _add(of, "replica", run_data_replica, "made-up cases in an official layout, to try the rest on", "medseg data replica acdc --out runs/acdc-replica")
+    p.add_argument("name", help="synapse, synapse-transunet, acdc, isic2018, bts, mmwhs, chaos or lits")
+    p.add_argument("--cases", type=int, default=6, help="how many of each part")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same patients")
+    p.add_argument("--out", required=True, help="folder to write in")
+
+def make_parser() -> argparse.ArgumentParser:
+    "The parser of the `medseg` command."
+    parser = argparse.ArgumentParser(prog="medseg", description="Train, measure and explain medical image segmentation.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    p = _add(commands, "models", show_models, "list the models and what they cost", "medseg models")
+    p.add_argument("--classes", type=int, default=9, help="classes, background included")
+    _add_phantom(commands)
+    _add_data(commands)
     _add_train(commands)
     _add_compare(commands)
     p = _add(commands, "evaluate", run_evaluate, "score a run in mm, per case and class", "medseg evaluate runs/heart --part test --out runs/heart/test.csv")
@@ -421,7 +508,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="runs/demo", help="run folder, emptied first")
     return parser
 
-# %% ../nbs/99_cli.ipynb #c018
+# %% ../nbs/99_cli.ipynb #c020
 def main(
     argv=None,  # words after `medseg`; by default the command line's
 ) -> int:       # 0 done, 2 bad input, 1 a fault of ours

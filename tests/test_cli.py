@@ -70,7 +70,7 @@ def test_channels_are_gathered_by_case(tmp_path):
 
 def test_installed_command_and_help():
     out = subprocess.run([BIN, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(word in out for word in ("models", "phantom", "train", "compare", "evaluate", "predict", "surfaces"))
-    for word in ("models", "phantom", "train", "compare", "evaluate", "predict", "surfaces"):
+    assert all(word in out for word in ("models", "phantom", "data", "train", "compare", "evaluate", "predict", "surfaces"))
+    for word in ("models", "phantom", "data", "train", "compare", "evaluate", "predict", "surfaces"):
         assert f"example: medseg {word}" in " ".join(subprocess.run([BIN, word, "--help"], capture_output=True, text=True, check=True).stdout.split())
     assert subprocess.run([BIN, "evaluate", "no/such/run"], capture_output=True).returncode == 2
