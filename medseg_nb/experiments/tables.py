@@ -325,7 +325,8 @@ def table_recipe(
 ) -> Recipe:             # a SemisupervisedRecipe where rows differ in how labels are used
     "The recipe of a table: optimiser, rate, batch, epochs, image size and augmentation are its paper's, and the split, unless splits.json has one; raises `MedsegError`."
     table = find_table(name)
-    kind = SemisupervisedRecipe if any(v.changes for v in table_plan(name, size, changes.get("dims"))[0]) else Recipe
+    partly = any(v.changes for v in table_plan(name, size, changes.get("dims"))[0]) or "labelled" in changes
+    kind = SemisupervisedRecipe if partly else Recipe
     decided = {"split": table.split if collection.splits is None else "auto"} | ({"dims": table.dims} if table.dims else {})
     changes = decided | {k: v for k, v in changes.items() if v is not None}
     return kind.teach(collection, **changes) if size == "teach" else kind.paper(table.paper, **changes)
