@@ -453,7 +453,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = _add(commands, "models", show_models, "list the models and what they cost", "medseg models")
     p.add_argument("--classes", type=int, default=9, help="classes, background included")
     p = _add(commands, "phantom", run_phantom, "write a collection of made-up cases", "medseg phantom abdomen-ct --cases 12 --out runs/abdomen")
-    p.add_argument("kind", help="abdomen-ct, abdomen-mr, cardiac-mr, head-ct, head-mr or liver-tumour-ct")
+    p.add_argument("kind", help="abdomen-ct, abdomen-mr, cardiac-mr, head-ct, head-mr, liver-tumour-ct, skin-lesion, brain-tumour or brain-tumour-types")
     p.add_argument("--cases", type=int, default=20, help="how many")
     p.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     p.add_argument("--shape", default=None, help="voxels, e.g. 96x96x16; by default the kind's")
