@@ -327,7 +327,7 @@ def dry_several(args, trials, data, recipe, seeds, model) -> None:
     "medseg compare --dry-run with a table of LSSC."
     from medseg_nb.data.modalities import split_modalities
     from medseg_nb.experiments.comparison import check_comparison_folder
-    from medseg_nb.experiments.dry_run import dry_run_modalities, dry_run_text
+    from medseg_nb.experiments.before_a_run import dry_run_modalities, dry_run_text
     from medseg_nb.experiments.modalities import describe_trials
     check_comparison_folder(Path(args.out), describe_trials(trials, data, recipe, seeds, model))
     print(dry_run_text(f"{args.table} with {model}", dry_run_modalities(trials, data, recipe, seeds, model), split_modalities(data, recipe.split), recipe, seeds))
@@ -336,7 +336,7 @@ def dry_models(args, models, collection, recipe, seeds) -> None:
     "medseg compare --dry-run with a table of the others, or with models."
     from medseg_nb.data.collections import split_cases
     from medseg_nb.experiments.comparison import check_comparison_folder, describe_comparison
-    from medseg_nb.experiments.dry_run import dry_run, dry_run_text
+    from medseg_nb.experiments.before_a_run import dry_run, dry_run_text
     from medseg_nb.experiments.tables import find_table
     check_comparison_folder(Path(args.out), describe_comparison(models, collection, recipe, seeds))
     title = f"{find_table(args.table).title if args.table else args.models}, on {collection.name}"
