@@ -34,7 +34,8 @@ def test_same_seed_same_bytes_and_the_collection_loads(kind, tmp_path):
     assert len(files) == 1 + 4*(1 + (len(PHANTOM_KINDS[kind].channels) or 1))
     collection = load_collection(here)
     assert len(collection) == 4 and list(collection.classes.values()) == ["background", *PHANTOM_KINDS[kind].classes]
-    for case in collection.cases: assert nib.load(case.label).shape == nib.load(case.images[0]).shape == (32, 40, 1) and np.asarray(nib.load(case.label).dataobj).any()
+    for case in collection.cases:
+        assert nib.load(case.label).shape == nib.load(case.images[0]).shape == (32, 40, 1) and np.asarray(nib.load(case.label).dataobj).any()
     assert make_phantom(kind, 4, 5, here, shape=(32, 40, 1)) == here                     # made already
     (here/files[-1]).unlink()
     with pytest.raises(DatasetError, match="something else"): make_phantom(kind, 4, 5, here, shape=(32, 40, 1))
