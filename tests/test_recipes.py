@@ -20,7 +20,17 @@ from medseg_nb.evaluation.metrics import evaluate_case, hd95
 from medseg_nb.experiments import comparison
 from medseg_nb.experiments.before_a_run import MultimodalOutline, Outline, bytes_of, counted_saved, dry_run, recipe_line
 from medseg_nb.experiments.comparison import Variant, beside, compare, fit_missing, printed_classes, published_caption, summarise_models
-from medseg_nb.experiments.modalities import LSSC_TABLES, LSSC_TITLES, beside_settings, fit_trials, lssc_printed, plan_trials, trial_model
+from medseg_nb.experiments.modalities import (
+    LSSC_TABLES,
+    LSSC_TITLES,
+    ModalityTable,
+    beside_settings,
+    fit_trials,
+    lssc_printed,
+    plan_trials,
+    trial_model,
+    write_beside,
+)
 from medseg_nb.experiments.tables import STAND_IN, TABLES, compare_table, table_plan, table_recipe
 from medseg_nb.training import semisupervised, supervised
 from medseg_nb.training.multimodal import MultimodalData, MultimodalRecipe
@@ -111,6 +121,16 @@ def test_lssc_tables_hold_what_the_paper_prints():
     assert [t.label for t in plan_trials("lssc-4", ["ct", "mr"])] == ["baseline", "ours", "ours, 1 mr", "ours, 3 mr", "ours, 1 ct", "ours, 3 ct"]
     assert {(t.setting, t.tau) for t in plan_trials("lssc-fig6", ["ct", "mr"])[1:]} == {("v3-icr", tau) for tau in (1., 2., 4., 8.)}
     with pytest.raises(MedsegError, match="lssc-fig6"): lssc_printed("lssc-9")
+
+
+def test_lssc_tables_are_written_beside_the_paper(tmp_path):
+    rows = [{"model": m, "seed": 0, "modality": k, "case": c, "class": "LVM", **dict.fromkeys(comparison.METRICS, v)}
+            for m in ("baseline", "ours") for k in ("ct", "mr") for c, v in (("a", 0.5), ("b", 0.7))]
+    write_beside("lssc-2", ModalityTable(tmp_path, pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"published_{m}.{end}" for m in ("ASSD", "DSC") for end in ("csv", "md", "tex")]
+    table = pd.read_csv(tmp_path/"published_DSC.csv", index_col=0)
+    assert table.loc["Ours", ["our trial", "ours: mr LVM", "published: MRI LVM"]].tolist() == ["ours", "60.0 ± 14.1", "81.6 ± 2.5"]
+    assert table.loc["UMMKD", ["our trial", "ours: ct LVM"]].tolist() == ["–", "–"] and "not to be compared" in (tmp_path/"published_DSC.md").read_text()
 
 
 # ---- the papers' recipes, splits and metrics
@@ -207,7 +227,8 @@ def test_a_plan_adds_up(replicas):
                                    ["--table", "cmaformer-3", "--data", "liver-tumour-ct"], ["--table", "lssc-2", "--data", "ct=abdomen-ct,mr=abdomen-mr"]])
 def test_a_dry_run_writes_nothing(words, place, tmp_path, monkeypatch, capsys):
     (tmp_path/"here").mkdir(); monkeypatch.chdir(tmp_path/"here")
-    for name, value in (("MEDSEG_CACHE", tmp_path/"cache"), ("HOME", tmp_path), ("MEDSEG_DATA", place)): monkeypatch.setenv(name, str(value))   # names find the replicas
+    where = {"MEDSEG_CACHE": tmp_path/"cache", "HOME": tmp_path, "MEDSEG_DATA": place}     # names find the replicas
+    for name, value in where.items(): monkeypatch.setenv(name, str(value))
     if words[1] == "synergynet-8": words = [*words, "--data", str(place/"cardiac-mr")]
     if words[1] == "lssc-2": monkeypatch.setitem(LSSC_TABLES, "lssc-2", lambda modalities: plan_trials("lssc-settings", modalities)[1:3])
     before = files_below(tmp_path, place)
@@ -222,7 +243,8 @@ def test_a_dry_run_refuses_what_the_run_would(place, tmp_path, monkeypatch, caps
     (tmp_path/"taken").mkdir(); (tmp_path/"taken"/"letter.txt").write_text("mine")
     hearts = ["--data", str(place/"cardiac-mr"), "--dry-run"]
     for words, said in ((["--table", "synergynet-8", *hearts, "--out", "taken"], "holds something else"),
-                        (["--table", "synergynet-17", *hearts], "no table has this name"), (["--table", "cmaformer-3", *hearts, "--dims", "3"], "sees such images")):
+                        (["--table", "synergynet-17", *hearts], "no table has this name"),
+                        (["--table", "cmaformer-3", *hearts, "--dims", "3"], "sees such images")):
         assert main(["compare", *words]) == 2 and said in capsys.readouterr().err
 
 
@@ -243,7 +265,8 @@ def test_transunets_convention_is_in_voxels_and_a_missed_class_is_zero(seed, p, 
 
 
 def test_units_stand_in_the_titles():
-    assert [with_unit(m, c) for m, c in (("HD95", "medpy"), ("ASSD", "transunet"), ("DSC", "transunet"), ("HD95", None))] == ["HD95 (mm)", "ASSD (voxels)", "DSC", "HD95 (mm)"]
+    titles = [with_unit(m, c) for m, c in (("HD95", "medpy"), ("ASSD", "transunet"), ("DSC", "transunet"), ("HD95", None))]
+    assert titles == ["HD95 (mm)", "ASSD (voxels)", "DSC", "HD95 (mm)"]
     assert measured_as("transunet")["empty"] == "transunet" and measured_as("monai", "nan") == {"convention": "monai", "empty": "nan"}
     with pytest.raises(MedsegError, match="transunet"): measured_as("itk")
 
