@@ -85,7 +85,7 @@ def no_pictures(monkeypatch):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_runs_at_teaching_size(name, replicas, tmp_path, one_step):
     collection = replicas[STAND_IN[TABLES[name].data]]
-    (*models, ), _, published = table_plan(name)
+    models, _, published = table_plan(name)
     recipe = table_recipe(name, collection, epochs=1, batch_size=2, dims=2)
     chosen = models[-2:] if name == "cmaformer-2" else models[:2]                        # half the labels, and all
     scores = fit_missing(chosen, collection, recipe, [0], tmp_path)
@@ -271,7 +271,7 @@ def test_units_stand_in_the_titles():
     with pytest.raises(MedsegError, match="transunet"): measured_as("itk")
 
 
-def test_a_comparison_is_scored_either_way_and_trained_once(replicas, tmp_path, monkeypatch, no_pictures, one_step):
+def test_a_comparison_is_scored_either_way_and_trained_once(replicas, tmp_path, monkeypatch, no_pictures):
     recipe, hearts = Recipe(epochs=1, batch_size=4), replicas["cardiac-mr"]
     with pytest.raises(MedsegError, match="no such convention"): compare(SMALL, hearts, recipe, (0,), tmp_path/"out", convention="itk")
     first = compare(SMALL, hearts, recipe, (0,), tmp_path/"out")

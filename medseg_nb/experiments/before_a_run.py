@@ -83,7 +83,10 @@ class Outline:
 
 class MultimodalOutline:
     "The outline of several modalities, as `MultimodalData` has it."
-    def __init__(self, data, recipe):
+    def __init__(self,
+        data,    # MultiModal
+        recipe,  # MultimodalRecipe
+    ):
         parts = split_modalities(data, recipe.split, 0, recipe.shots, recipe.seed)
         most = max(len(p["train"]) for p in parts.values())
         self.each = {m: Outline(data[m], replace(recipe, per_case=ceil(recipe.per_case*most/len(p["train"]))), p) for m, p in parts.items()}
@@ -197,9 +200,9 @@ def recipe_line(
     "A recipe in one line."
     momentum = f", momentum {recipe.momentum:g}" if recipe.optimiser == "sgd" else ""
     image = f"slices of {recipe.inplane} x {recipe.inplane}" if recipe.dims == 2 and recipe.inplane else "slices" if recipe.dims == 2 else "windows of " + " x ".join(map(str, recipe.preparation().patch))
-    budget = f"{recipe.minutes:g} minutes" if recipe.minutes else f"{recipe.epochs} epochs"
+    budget, size = f"{recipe.minutes:g} minutes" if recipe.minutes else f"{recipe.epochs} epochs", "the paper's" if recipe.size == "paper" else "teaching"
     return (f"{recipe.optimiser}, rate {recipe.lr:g}{momentum}, weight decay {recipe.weight_decay:g}, polynomial decay {recipe.power:g}, batch {recipe.batch_size}, {budget}; "
-            f"{image}; flips {list(recipe.flips)}, rotation {recipe.rotate:g} degrees; networks at the {'paper' if recipe.size == 'paper' else 'teaching'}'s size".replace("teaching's", "teaching"))
+            f"{image}; flips {list(recipe.flips)}, rotation {recipe.rotate:g} degrees; networks at {size} size")
 
 def memory_line(
     recipe,  # Recipe
