@@ -15,7 +15,7 @@ from medseg_nb.cli import main
 from medseg_nb.core import CheckpointError, DatasetError, MedsegError, ShapeError
 from medseg_nb.data.collections import load_collection
 from medseg_nb.data.phantoms import make_phantom
-from medseg_nb.evaluation.cases import METRICS, summarise
+from medseg_nb.evaluation.cases import IN_MM, METRICS, summarise
 from medseg_nb.experiments import comparison, tables
 from medseg_nb.experiments.comparison import (
     Variant,
@@ -283,9 +283,10 @@ def test_every_table_has_a_plan(name, size):
     models, reference, published = table_plan(name, size)
     assert len(models) >= 2 and reference in [v.label for v in models] == list(dict.fromkeys(v.label for v in models))
     assert all(len(labels) == len(published.printed) for labels in published.ours.values())
-    summary = pd.DataFrame({"model": [models[0].label], "class": "mean", "DSC": 0.5, "DSC sd seeds": 0.01, "HD95": 3.0, "HD95 sd seeds": np.nan})
-    table = beside(published, summary)
-    assert len(table) == len(published.printed) and any("50.00 ± 1.00" in row for row in table.to_numpy()) and "3.00" in table.to_numpy()
+    values = {m: 3.0 if m in IN_MM else 0.5 for m in METRICS} | {f"{m} sd seeds": np.nan if m in IN_MM else 0.01 for m in METRICS}
+    table = beside(published, pd.DataFrame({"model": [models[0].label], "class": "mean", **values}))
+    assert len(table) == len(published.printed) and any("50.00 ± 1.00" in row for row in table.to_numpy())
+    assert ("3.00" in table.to_numpy()) == ("HD95" in published.metrics) == any("(mm)" in c for c in table)
     assert sum(c.startswith("published: ") for c in table) == published.printed.shape[1] - len(published.keys)
 
 

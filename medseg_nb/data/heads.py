@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'HEAD_CT', 'HEAD_MR', 'STRUCTURES', 'CONTRASTS', 'scan_head_ct', 'scan_head_mr', 'head_numbers', 'sample_map',
-           'paint_head', 'folded', 'draw_head', 'head_maps']
+           'paint_head', 'folded', 'draw_head', 'head_maps', 'one_head', 'head_anatomy']
 
 # %% ../../nbs/data/06_heads.ipynb #c002
 from functools import partial
@@ -178,7 +178,14 @@ def head_maps(
                            fix="restore its files, or take the folder away to get ellipsoid heads")
     return files[CONTRASTS.index(modality)::2]
 
-def _one_head(modality, rng, index, seed, shape, size) -> Scene:
+def one_head(
+    modality:str,  # "ct" or "mr"
+    rng,           # numpy Generator
+    index:int,     # of the case: 0, 1, ...
+    seed:int,      # of the collection
+    shape,         # fine grid (X,Y,Z)
+    size,          # (3,) mm, field of view
+) -> Scene:
     "A case: a real head where there are maps, else one of ellipsoids."
     files = head_maps(modality)
     if not files: return draw_head(rng, shape, size)
@@ -190,7 +197,9 @@ def _head_number(modality, index) -> str:
     people = len(head_maps(modality))
     return f"{index % people:03d}_frame{index//people + 1:02d}" if people else f"{index:03d}"
 
-def _head_anatomy(modality) -> str | None:
+def head_anatomy(
+    modality:str,  # "ct" or "mr"
+) -> str | None:
     "What dataset.json says about the anatomies, so that folders of drawn and of real heads are told apart."
     people = len(head_maps(modality))
     return f"{people} real heads (collection head_labels)" if people else None
@@ -200,7 +209,7 @@ scan_head_mr = partial(scan_mr, signals=partial(head_numbers, ranges=HEAD_MR))
 
 def _head_kind(modality, name, scan) -> Kind:
     "The entry of PHANTOM_KINDS for one contrast."
-    return Kind((96, 96, 32), (230, 230, 160), name, tuple(HEAD), partial(_one_head, modality), scan,
-                partial(_head_number, modality), partial(_head_anatomy, modality))
+    return Kind((96, 96, 32), (230, 230, 160), name, tuple(HEAD), partial(one_head, modality), scan,
+                partial(_head_number, modality), partial(head_anatomy, modality))
 
 PHANTOM_KINDS.update({"head-ct": _head_kind("ct", "CT", scan_head_ct), "head-mr": _head_kind("mr", "MRI", scan_head_mr)})

@@ -5,7 +5,7 @@ __all__ = ['TISSUES', 'ORGANS', 'HEART', 'INNER', 'SOFT', 'PHANTOM_KINDS', 'Regi
            'smooth_noise', 'new_scene', 'paint', 'jitter', 'stretch', 'draw_abdomen', 'ct_numbers', 'mr_signals',
            'cine_signals', 'block_mean', 'majority', 'render', 'scan_ct', 'scan_mr', 'scan_cine', 'Heart', 'heart_of',
            'contract', 'below', 'draw_heart', 'Kind', 'random_stream', 'case_id', 'draw_case', 'nifti_bytes',
-           'describe_phantom', 'folder_atomically', 'make_phantom']
+           'describe_phantom', 'case_files', 'folder_atomically', 'make_phantom']
 
 # %% ../../nbs/data/02_phantoms.ipynb #c002
 import gzip
@@ -76,7 +76,8 @@ def tube(
 TISSUES = ["air", "skin", "fat", "muscle", "wall fat", "lung", "bone", "marrow", "fluid", "gas", "stool", "bowel",
            "vein", "aorta", "gallbladder", "cortex", "medulla", "liver", "liver vessel", "lesion", "pancreas", "spleen",
            "stomach", "chyme", "myocardium", "blood", "papillary",
-           "csf", "grey matter", "white matter", "deep grey", "brainstem", "eye", "soft tissue"]   # of heads
+           "csf", "grey matter", "white matter", "deep grey", "brainstem", "eye", "soft tissue",   # of heads
+           "enhancing", "necrosis", "oedema"]                                                      # of tumours in heads
 ORGANS = ["aorta", "gallbladder", "kidney L", "kidney R", "liver", "pancreas", "spleen", "stomach"]  # classes 1..8
 HEART = ["RV", "MYO", "LV"]                                                                        # classes 1..3
 INNER = ["fat"]                                                             # what small parts may grow into
@@ -459,6 +460,8 @@ class Kind(NamedTuple):
     scan:object     # (Scene, rng) -> (X,Y,Z) int16
     number:object   # index -> what follows the kind in a case's name; cases of one person differ from `_frame` on
     anatomy:object  # () -> where real anatomies come from, or None where everything is drawn
+    channels:tuple=()    # their names where there are several, e.g. a photograph's colours; () is one, called as the modality
+    picture:object=None  # (rng, index, seed, (X,Y,1)) -> image (X,Y,1) or (X,Y,1,C) and label (X,Y,1), where a case is no scanned volume
 
 def _draw_belly(rng, index, seed, shape, size) -> Scene:
     "Every abdomen is another person."
@@ -510,6 +513,7 @@ def draw_case(
     "One case: its anatomy, then its scan, on a grid in RAS millimetres."
     what, rng = PHANTOM_KINDS[kind], random_stream(kind, seed, index)
     shape = np.array(shape or what.shape)
+    if what.picture: return what.picture(rng, index, seed, tuple(shape))
     spacing = np.round(np.array(what.size)*rng.uniform(0.96, 1.04)/shape, 3)
     scene = what.draw(rng, index, seed, 2*shape, spacing*shape)
     image = what.scan(scene, rng)
@@ -537,6 +541,9 @@ def describe_phantom(
     said = {"description": "Phantom: made of formulas, no patient", "licence": "CC0"}
     if "anatomy" in request: said = {"description": f"Phantom: contrasts painted on the label maps of {request['anatomy']}",
                                      "licence": "as the label maps"}
+    if what.channels:                                                            # nnU-Net's layout: a file a channel
+        return {"name": kind, **said, "channel_names": {str(i): name for i, name in enumerate(what.channels)}, "labels": {name: int(i) for i, name in labels.items()},
+                "numTraining": len(names), "file_ending": ".nii.gz", "phantom": request}
     return {"name": kind, **said,
             "tensorImageSize": "3D", "modality": {"0": what.modality}, "labels": labels, "numTraining": len(names),
             "numTest": 0, "training": [pair(n) for n in names], "test": [], "phantom": request}
@@ -550,8 +557,17 @@ def _check_request(kind, n_cases, seed, shape) -> None:
             raise MedsegError(f"{name} cannot be used", found=repr(value), expected=f"a whole number, {least} or more")
     if shape is None: return
     whole = np.shape(shape) == (3,) and all(isinstance(n, (int, np.integer)) for n in shape)
-    if not whole or min(shape) < 4 or max(shape) > 512:
-        raise ShapeError("no phantom has that shape", found=repr(shape), expected="three whole numbers from 4 to 512")
+    flat = PHANTOM_KINDS[kind].picture is not None
+    if not whole or min(shape[:2] if flat else shape) < 4 or max(shape) > 512 or (flat and shape[2] != 1):
+        raise ShapeError("no phantom has that shape", found=repr(shape), expected=f"{'two' if flat else 'three'} whole numbers from 4 to 512{', then 1' if flat else ''}")
+
+def case_files(
+    kind:str,  # a name of PHANTOM_KINDS
+    name:str,  # of a case
+) -> list:     # paths in the collection without their ending, one a channel, then the label
+    "Where a case lies: channels carry a number."
+    channels = PHANTOM_KINDS[kind].channels
+    return [*([f"imagesTr/{name}_{c:04d}" for c in range(len(channels))] if channels else [f"imagesTr/{name}"]), f"labelsTr/{name}"]
 
 def _already_made(
     path:Path,     # folder
@@ -562,7 +578,7 @@ def _already_made(
     try: found = json.loads((path/"dataset.json").read_text())["phantom"]
     except (OSError, ValueError, KeyError, TypeError): found = "other files"
     names = [case_id(request["kind"], i) for i in range(request["n_cases"])]
-    files = [path/part/f"{name}.nii.gz" for part in ("imagesTr", "labelsTr") for name in names]
+    files = [path/f"{stem}.nii.gz" for name in names for stem in case_files(request["kind"], name)]
     if found == request and all(f.is_file() for f in files): return True
     raise DatasetError("there is something else here already", file=path, found=found,
                        expected="a new or empty folder", fix="choose another folder, or remove this one")
@@ -587,11 +603,11 @@ def folder_atomically(
         if temporary: shutil.rmtree(temporary, ignore_errors=True)
 
 def make_phantom(
-    kind:str,     # a name of PHANTOM_KINDS: "abdomen-ct", "abdomen-mr", "cardiac-mr", "head-ct", "head-mr" or "liver-tumour-ct"
+    kind:str,     # a name of PHANTOM_KINDS: "abdomen-ct", "abdomen-mr", "cardiac-mr", "head-ct", "head-mr", "liver-tumour-ct", "skin-lesion", "brain-tumour" or "brain-tumour-types"
     n_cases:int,  # how many labelled volumes
     seed:int,     # the same seed gives the same bytes
     path,         # folder to make; must not exist or be empty, unless it holds this very phantom
-    shape=None,   # voxels (X,Y,Z) over the same field of view; None: the kind's, e.g. 96 x 96 x 24 for an abdomen
+    shape=None,   # voxels (X,Y,Z) over the same field of view, (X,Y,1) for pictures; None: the kind's, e.g. 96 x 96 x 24 for an abdomen
 ) -> Path:        # the folder: dataset.json, imagesTr, labelsTr
     "Write a collection of phantoms. Raises `MedsegError` for a bad request, `DatasetError` if the folder is in use."
     _check_request(kind, n_cases, seed, shape)
@@ -603,8 +619,10 @@ def make_phantom(
     with folder_atomically(path) as folder:
         names = [case_id(kind, i) for i in range(n_cases)]
         for i, name in enumerate(progress(names, f"drawing {kind}")):
-            for part, picture in zip(("imagesTr", "labelsTr"), draw_case(kind, i, seed, shape), strict=True):
-                (folder/part).mkdir(exist_ok=True)
-                (folder/part/f"{name}.nii.gz").write_bytes(nifti_bytes(picture))
+            image, label = draw_case(kind, i, seed, shape)
+            channels = [nib.Nifti1Image(np.asarray(image.dataobj)[..., c], image.affine) for c in range(image.shape[3])] if image.ndim == 4 else [image]
+            for stem, picture in zip(case_files(kind, name), [*channels, label], strict=True):
+                (folder/stem).parent.mkdir(exist_ok=True)
+                (folder/f"{stem}.nii.gz").write_bytes(nifti_bytes(picture))
         (folder/"dataset.json").write_text(json.dumps(describe_phantom(kind, names, request), indent=1))
     return path

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'IN_MM', 'HD95_IS', 'EMPTY_IS', 'TEX', 'check_grids', 'measure_files', 'evaluate', 'with_labels',
-           'summarise', 'table_cells', 'table_caption', 'markdown_of', 'latex_of', 'table_to_markdown',
-           'table_to_latex', 'plot_metrics', 'worst_cases']
+           'measured_as', 'with_unit', 'summarise', 'table_cells', 'table_caption', 'markdown_of', 'latex_of',
+           'table_to_markdown', 'table_to_latex', 'plot_metrics', 'worst_cases']
 
 # %% ../../nbs/evaluation/02_cases.ipynb #c002
 from pathlib import Path
@@ -39,7 +39,7 @@ def measure_files(
     pred,                # nibabel label image
     truth,               # nibabel label image on the same grid
     classes:dict,        # {id: name}, background 0 included
-    convention="medpy",  # HD95: "medpy" or "monai"
+    convention="medpy",  # HD95: "medpy", "monai" or "transunet"
     empty="nan",         # absent classes: "nan" or "transunet"
     file=None,           # named in errors
 ) -> pd.DataFrame:       # as `evaluate_case`
@@ -55,14 +55,14 @@ def evaluate(
     cases,               # list of Case with labels; None takes all
     preparation,         # Preparation of the training
     device=None,         # where to work (the model moves there); None: where the model is
-    convention="medpy",  # HD95: "medpy" (both directions pooled) or "monai" (the larger of the two)
+    convention="medpy",  # HD95: "medpy" (both directions pooled), "monai" (the larger of the two), or "transunet" (voxels of the original grid, a missed class counts 0)
     empty="nan",         # absent classes: "nan", or "transunet" (see 00_metrics)
     flips:tuple=(),      # axes to mirror and average over
     save=None,           # folder for the predicted masks, <case>.nii.gz
     batch:int=8,         # slices or windows at a time
     overlap:float=0.25,  # of neighbouring windows, 3D only
 ) -> pd.DataFrame:       # a row per case and class: case, class, DSC, IoU, SE, SP, ACC, HD95, ASSD
-    "Segment and measure every case on its original grid, in mm; raises `DatasetError` for a case without a label."
+    "Segment and measure every case on its original grid, in mm (voxels under \"transunet\"); raises `DatasetError` for a case without a label."
     rows = []
     for case in progress(with_labels(collection, cases), "evaluating"):
         images = [load_volume(path) for path in case.images]
@@ -74,7 +74,7 @@ def evaluate(
         rows.append(measured.assign(case=case.id))
     frame = pd.concat(rows, ignore_index=True)
     frame = frame[["case", *frame.columns.drop("case")]]
-    frame.attrs = {"convention": convention, "empty": empty}
+    frame.attrs = measured_as(convention, empty)
     return frame
 
 def with_labels(
@@ -94,9 +94,26 @@ def with_labels(
 METRICS = ("DSC", "IoU", "SE", "SP", "ACC", "HD95", "ASSD")
 IN_MM = ("HD95", "ASSD")
 HD95_IS = {"medpy": "HD95: 95th percentile of both directions pooled (medpy)",
-           "monai": "HD95: larger of the two 95th percentiles (MONAI)"}
+           "monai": "HD95: larger of the two 95th percentiles (MONAI)",
+           "transunet": "HD95: 95th percentile of both directions pooled (medpy), in voxels of the original grid, as TransUNet's evaluation has it"}
 EMPTY_IS = {"nan": "absent classes are nan, counted and left out of the means",
-            "transunet": "absent classes count as in TransUNet's evaluation"}
+            "transunet": "absent classes count as in TransUNet's evaluation: a missed one has distance 0, one found where there is none Dice 1 and distance 0"}
+
+def measured_as(
+    convention="medpy",  # as in `evaluate`
+    empty="nan",         # as in `evaluate`
+) -> dict:               # what a table of scores keeps in `attrs`
+    "How scores were measured; the convention \"transunet\" brings its rule for absent classes. Raises `MedsegError` for one that does not exist."
+    if convention not in HD95_IS: raise MedsegError("no such convention", found=repr(convention), expected=" or ".join(HD95_IS))
+    return {"convention": convention, "empty": "transunet" if convention == "transunet" else empty}
+
+def with_unit(
+    metric,              # one of METRICS
+    convention="medpy",  # as in `evaluate`
+) -> str:
+    "A metric as a column's title: distances are in mm, or in voxels where TransUNet's evaluation is reproduced."
+    if metric not in IN_MM: return metric
+    return f"{metric} ({'voxels' if convention == 'transunet' else 'mm'})"
 
 def summarise(
     frame:pd.DataFrame,  # as `evaluate` gives it
@@ -126,7 +143,7 @@ def table_cells(
     for m in metrics:
         _check_metric(m, frame)
         three = table[[m, f"{m} sd", f"{m} nan"]].to_numpy()
-        cells[_with_unit(m)] = [_cell(*row, digits=2 if m in IN_MM else 3) for row in three]
+        cells[with_unit(m, frame.attrs.get("convention"))] = [_cell(*row, digits=2 if m in IN_MM else 3) for row in three]
     return pd.DataFrame(cells, index=table.index)
 
 def _check_metric(metric, frame):
@@ -134,7 +151,7 @@ def _check_metric(metric, frame):
     if metric not in METRICS or metric not in frame:
         raise MedsegError("no such metric in the table", found=repr(metric), expected=f"one of {METRICS}")
 
-def _with_unit(metric): return f"{metric} (mm)" if metric in IN_MM else metric
+
 
 def _cell(mean, sd, missing, digits):
     "One cell: 0.864 ± 0.030 (2 nan)."
@@ -208,7 +225,7 @@ def plot_metrics(
     for ax, m in zip(axes[0], metrics, strict=True):
         _check_metric(m, frame)
         _boxes(ax, {c: frame.loc[frame["class"] == c, m] for c in classes})
-        ax.set(title=m, ylabel=_with_unit(m))
+        ax.set(title=m, ylabel=with_unit(m, frame.attrs.get("convention")))
     fig.tight_layout()
     return fig
 

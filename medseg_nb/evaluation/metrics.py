@@ -77,7 +77,7 @@ def _class_distances(pred, truth, spacing, ids):
         yield (_to_nearest(at_p[p], near_p[p], at_t[t], spacing), _to_nearest(at_t[t], near_t[t], at_p[p], spacing))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #c013
-CONVENTIONS = ("medpy", "monai")
+CONVENTIONS = ("medpy", "monai", "transunet")
 EMPTY = ("nan", "transunet")
 
 def _as_labels(x, name):
@@ -113,6 +113,10 @@ def _one_of(name, value, allowed):
     if value not in allowed:
         raise MedsegError(f"no such {name}", found=repr(value), expected=" or ".join(map(repr, allowed)))
 
+def _settled(spacing, convention, empty="nan"):
+    "Spacing, percentile and rule for absent classes that a convention means: TransUNet's is voxels for mm, medpy's percentile, 0 for a missed class."
+    return (np.ones(np.size(spacing)), "medpy", "transunet") if convention == "transunet" else (spacing, convention, empty)
+
 # %% ../../nbs/evaluation/00_metrics.ipynb #c015
 def surface_distances(
     pred,     # (X,Y[,Z]) mask: 0 outside, anything else inside
@@ -138,11 +142,13 @@ def hd95(
     pred,                # (X,Y[,Z]) mask
     truth,               # the same shape
     spacing,             # mm, one number an axis
-    convention="medpy",  # "medpy": percentile of both directions pooled; "monai": the larger of two percentiles
-) -> float:              # mm, >= 0; nan if either mask is empty
+    convention="medpy",  # "medpy": percentile of both directions pooled; "monai": the larger of two percentiles; "transunet": medpy's, in voxels
+) -> float:              # mm, >= 0; nan if either mask is empty ("transunet": voxels, and 0)
     "95% Hausdorff distance of two masks; raises what `surface_distances` raises."
     _one_of("convention", convention, CONVENTIONS)
-    return _hd95(*surface_distances(pred, truth, spacing), convention)
+    spacing, percentile, empty = _settled(check_pair(pred, truth, spacing)[2], convention)
+    value = _hd95(*surface_distances(pred, truth, spacing), percentile)
+    return 0.0 if np.isnan(value) and empty == "transunet" else value
 
 def assd(
     pred,     # (X,Y[,Z]) mask
@@ -190,13 +196,14 @@ def evaluate_case(
     truth,               # the same shape
     spacing,             # mm, one number an axis; (1,1,1) gives distances in voxels
     classes,             # {id: name}; 0 is background, and skipped
-    convention="medpy",  # HD95: "medpy" (both directions pooled) or "monai" (the larger of the two)
+    convention="medpy",  # HD95: "medpy" (both directions pooled), "monai" (the larger of the two), or "transunet": medpy's in voxels, with empty="transunet"
     empty="nan",         # a class that is absent: "nan", or "transunet" (see below)
-) -> pd.DataFrame:       # a row a class: class, DSC, IoU, SE, SP, ACC (0 to 1), HD95, ASSD (mm)
+) -> pd.DataFrame:       # a row a class: class, DSC, IoU, SE, SP, ACC (0 to 1), HD95, ASSD (mm; voxels under "transunet")
     "The seven metrics of every foreground class; raises `ShapeError`, `LabelError`, `GeometryError`."
     _one_of("convention", convention, CONVENTIONS)
     _one_of("rule for empty classes", empty, EMPTY)
     pred, truth, spacing = check_pair(pred, truth, spacing)
+    spacing, convention, empty = _settled(spacing, convention, empty)
     ids, n_voxels, rows = _check_classes(classes), pred.size, []
     pred, truth = _crop_to_objects(pred, truth)
     pred, truth, k = _as_rows(pred, ids, "prediction"), _as_rows(truth, ids, "truth"), len(ids)

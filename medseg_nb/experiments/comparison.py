@@ -6,9 +6,9 @@ __all__ = ['SMALL', 'seed_average', 'summarise_models', 'summary_cells', 'summar
            'build_variant', 'describe_comparison', 'check_comparison_folder', 'environment', 'count_seconds',
            'seconds_spent', 'is_finished', 'run_folder', 'fit_one', 'fit_missing', 'run_records', 'peak_memory',
            'timed_step', 'measure_costs', 'case_means', 'plot_boxes', 'plot_seeds', 'worst_pictures', 'worst_page',
-           'Published', 'beside', 'published_caption', 'Comparison', 'write_table', 'write_text', 'write_cells',
-           'write_figure', 'write_results', 'comparison_headline', 'comparison_tables', 'comparison_pictures',
-           'write_comparison_report', 'known_costs', 'compare', 'publish']
+           'Published', 'printed_classes', 'beside', 'published_caption', 'Comparison', 'write_table', 'write_text',
+           'write_cells', 'write_figure', 'write_results', 'comparison_headline', 'comparison_tables',
+           'comparison_pictures', 'write_comparison_report', 'known_costs', 'compare', 'publish']
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c002
 import itertools
@@ -32,8 +32,8 @@ from ..core import CheckpointError, DatasetError, MedsegError, ShapeError, progr
 from ..data.collections import split_cases, subject_of
 from ..data.volumes import load_volume
 from ..models.zoo import build_model, check_name, count_macs, count_parameters
-from ..evaluation.cases import (EMPTY_IS, HD95_IS, IN_MM, METRICS, latex_of, markdown_of, plot_metrics, summarise,
-                                        worst_cases)
+from ..evaluation.cases import (EMPTY_IS, HD95_IS, IN_MM, METRICS, latex_of, markdown_of, measured_as, plot_metrics, summarise,
+                                        with_unit, worst_cases)
 from ..evaluation.inference import predict_volume
 from ..training.supervised import (Recipe, Session, TrainingData, check_same_run, load_run, make_accelerator, read_tensors,
                                            train)
@@ -54,7 +54,9 @@ def summarise_models(
 ) -> pd.DataFrame:        # a row per model and class (and "mean"); seeds, cases, <m>, <m> sd seeds, <m> sd cases, <m> nan
     "Means; their sd over seeds (how well the number repeats); sd over cases of the seed averages (how much patients differ)."
     tables = {model: _summary_of(frame) for model, frame in scores.groupby("model", sort=False)}
-    return pd.concat(tables, names=["model", "class"]).reset_index()
+    table = pd.concat(tables, names=["model", "class"]).reset_index()
+    table.attrs = dict(scores.attrs)                             # how they were measured
+    return table
 
 def _summary_of(frame):
     "The rows of one model."
@@ -76,7 +78,7 @@ def summary_cells(
     cells = {"model": list(ordered["model"])}
     for m in metrics:
         four = ordered[[m, f"{m} sd seeds", f"{m} sd cases", f"{m} nan"]].to_numpy(float)
-        cells[f"{m} (mm)" if m in IN_MM else m] = [_four(*row, digits=2 if m in IN_MM else 3) for row in four]
+        cells[with_unit(m, summary.attrs.get("convention"))] = [_four(*row, digits=2 if m in IN_MM else 3) for row in four]
     return pd.DataFrame(cells, index=pd.Index(ordered["class"], name="class"))
 
 def _four(mean, seeds, cases, missing, digits):
@@ -89,9 +91,9 @@ def summary_caption(
     about:str="",         # what the collection says of itself, e.g. that its spacing is unknown
 ) -> str:
     "What must stand next to the numbers."
-    seeds, cases = scores["seed"].nunique(), scores["case"].nunique()
+    seeds, cases, known = scores["seed"].nunique(), scores["case"].nunique(), measured_as() | scores.attrs
     return (f"Mean ± standard deviation over {seeds} seed{'s'*(seeds > 1)} (in brackets: over {cases} test cases, of the seed averages), each measured whole; "
-            f"the mean is over the classes. {HD95_IS['medpy']}; {EMPTY_IS['nan']}." + (f" The collection: {about}." if about else ""))
+            f"the mean is over the classes. {HD95_IS[known['convention']]}; {EMPTY_IS[known['empty']]}." + (f" The collection: {about}." if about else ""))
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c014
 def holm(
@@ -303,6 +305,7 @@ def fit_one(
     recipe:Recipe,   # with the seed of this run
     folder:Path,
     cache=None,      # as in train
+    convention="medpy",  # as in `evaluate`
 ) -> pd.DataFrame:   # its scores on the test cases, as `evaluate` gives them
     "Train a run to its end unless it is there, and score it on the test cases unless it was; raises `CheckpointError`."
     if is_finished(folder): run = load_run(folder, collection)
@@ -311,7 +314,7 @@ def fit_one(
             run = train(build_variant(variant, collection, recipe), collection, recipe, folder, resume=True, cache=cache)
     if (found := asdict(run.recipe)) != asdict(recipe):
         check_same_run({"recipe": found}, {"recipe": asdict(recipe)}, folder)
-    return score_run(run)
+    return score_run(run, convention=convention)
 
 def fit_missing(
     variants:list,   # of Variant
@@ -320,18 +323,20 @@ def fit_missing(
     seeds:list,
     out,             # folder of the comparison
     cache=None,      # as in train
+    convention="medpy",  # as in `evaluate`
 ) -> pd.DataFrame:   # model, seed, case, class, DSC, ...: a row per run, case and class
     "Train what is missing, all models with the first seed first, and score all on the same test cases."
     rows, pairs, start = [], list(itertools.product(seeds, variants)), monotonic()
     done = sum(is_finished(run_folder(out, v, seed)) for seed, v in pairs)     # before this call
     with progress(None, "runs", total=len(pairs)) as bar:
         for seed, variant in pairs:
-            frame = fit_one(variant, collection, variant.recipe(replace(recipe, seed=seed)), run_folder(out, variant, seed), cache)
+            frame = fit_one(variant, collection, variant.recipe(replace(recipe, seed=seed)), run_folder(out, variant, seed), cache, convention)
             rows.append(frame.assign(model=variant.label, seed=seed))
             bar.update()
             _say(len(rows), len(pairs), done, f"{variant.label}, seed {seed}: Dice {summarise(frame).loc['mean', 'DSC']:.3f}", monotonic() - start)
-    scores = pd.concat(rows, ignore_index=True)
-    return scores[["model", "seed", "case", "class", *METRICS]]
+    scores = pd.concat(rows, ignore_index=True)[["model", "seed", "case", "class", *METRICS]]
+    scores.attrs = measured_as(convention)
+    return scores
 
 def _say(now, total, done, what, seconds):
     "A line per run: which, how good, how long the rest may take by those trained in this call."
@@ -418,7 +423,9 @@ def case_means(
     "The mean over classes and seeds of each model and case, in the form `plot_metrics` takes."
     metrics = [m for m in METRICS if m in scores]
     table = seed_average(scores).groupby(["model", "case"], sort=False)[metrics].mean().reset_index()
-    return table.rename(columns={"model": "class"})
+    table = table.rename(columns={"model": "class"})
+    table.attrs = dict(scores.attrs)
+    return table
 
 def plot_boxes(
     scores:pd.DataFrame,      # model, seed, case, class, metrics
@@ -444,7 +451,7 @@ def plot_seeds(
         ax.plot(values, np.full(len(values), i), "o", ms=5, color="#0072B2")
         ax.plot(values.mean(), i, "|", ms=16, mew=2, color="#D55E00")
     ax.set_yticks(range(len(models)), models)
-    ax.set(ylim=(len(models) - 0.5, -0.5), xlabel=f"mean {metric}{' (mm)' if metric in IN_MM else ''} of a run")
+    ax.set(ylim=(len(models) - 0.5, -0.5), xlabel=f"mean {with_unit(metric, scores.attrs.get('convention'))} of a run")
     ax.grid(axis="x", alpha=0.25)
     return figure
 
@@ -501,21 +508,40 @@ class Published:
     keys:tuple            # names of the columns on the left
     ours:dict             # {method: [label of a Variant, or None, for each row]}; the method is "" where the table has one
     note:str=""           # what a reader must know
+    metrics:tuple=("DSC", "HD95")   # what the table is about
+
+_SAME = {"left": "l", "right": "r", "tumor": "tumour", "myocardium": "myo", "kdy": "kidney"}   # words for one thing
+
+def _words(name):
+    "A class's name whatever the order, capitals and spelling of its words: KidneyL is the left kidney."
+    return frozenset(_SAME.get(w.lower(), w.lower()) for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name))
+
+def printed_classes(
+    columns,   # of a printed table: "Aorta" is its Dice, "HD RV" a distance
+    classes,   # names of a collection's classes
+) -> dict:     # column -> (class, metric)
+    "Which printed columns are about a class that the collection has."
+    known, found = {_words(c): c for c in classes}, {}
+    for column in columns:
+        name, metric = (column[3:], "HD95") if column.startswith("HD ") else (column, "DSC")
+        if _words(name) in known: found[column] = (known[_words(name)], metric)
+    return found
 
 def beside(
     published:Published,
     summary:pd.DataFrame,     # from summarise_models
-    metrics=("DSC", "HD95"),
+    metrics=None,             # None: the table's
 ) -> pd.DataFrame:            # of text: the table as printed on the left, ours, then the published figures
     "A paper's table in its own layout, our figures in columns of their own."
-    table = published.printed[list(published.keys)].astype(str)
-    mean = summary[summary["class"] == "mean"].set_index("model")
+    table, columns = published.printed[list(published.keys)].astype(str), published.printed.columns.drop(list(published.keys))
+    by_class, convention = dict(list(summary.set_index("model").groupby("class", sort=False))), summary.attrs.get("convention")
+    shown = {m: ("mean", m) for m in metrics or published.metrics} | printed_classes(columns, set(by_class) - {"mean"})
     for method, labels in published.ours.items():
         table[" ".join(filter(None, ["our", method, "model"]))] = [label or "–" for label in labels]
-        for m in metrics:
-            name = " ".join(filter(None, ["ours:", method, f"{m} (mm)" if m in IN_MM else f"{m} (%)"]))
-            table[name] = [_ours(mean, label, m) for label in labels]
-    for column in published.printed.columns.drop(list(published.keys)):
+        for column, (c, m) in shown.items():
+            title = f"{column} {with_unit(m, convention).removeprefix(m).strip() or '(%)'}"
+            table[" ".join(filter(None, ["ours:", method, title]))] = [_ours(by_class[c], label, m) for label in labels]
+    for column in columns:
         table[f"published: {column}"] = ["–" if pd.isna(v) else f"{v:.2f}" for v in published.printed[column]]
     return table.set_index(published.keys[0])
 
@@ -528,10 +554,13 @@ def _ours(mean, label, metric):
 
 def published_caption(
     published:Published,
+    convention=None,       # as in `evaluate`; None: "medpy"
 ) -> str:
-    "What keeps the two blocks apart."
+    "What keeps the two blocks apart, and in which unit each has its distances."
+    unit = {"transunet": "in voxels of the original grid, a missed class counted as 0 (TransUNet's evaluation)"}.get(convention, "in mm")
+    distances = f" Distances: ours {unit}, the papers' in voxels." if set(IN_MM) & set(published.metrics) else ""
     return (f"{published.title}. Ours: this comparison's data and budget, mean ± sd over seeds. "
-            f"Published: other data and budget, as the paper prints them, not to be compared with ours in size. {published.note}").strip()
+            f"Published: other data and budget, as the paper prints them, not to be compared with ours in size.{distances} {published.note}").strip()
 
 # %% ../../nbs/experiments/00_comparison.ipynb #c032
 @dataclass
@@ -545,6 +574,12 @@ class Comparison:
     runs:pd.DataFrame     # a row per run: epochs, steps, seconds
     reference:str
     about:str=""          # what the collection says of itself
+    metrics:tuple=("DSC", "HD95")   # that the first table shows
+
+    @property
+    def convention(self) -> str:
+        "How distances were measured, as in `evaluate`."
+        return self.scores.attrs.get("convention", "medpy")
 
 def write_table(
     table:pd.DataFrame,
@@ -587,12 +622,12 @@ def write_results(
     "Tables as CSV, Markdown and LaTeX, and the figures that need no network."
     out, models = result.folder, result.scores["model"].nunique()
     for name in ("scores", "summary", "tests", "costs", "runs"): write_table(getattr(result, name), out/f"{name}.csv")
-    cells = summary_cells(result.summary)
+    cells = summary_cells(result.summary, result.metrics)
     write_cells(cells, summary_caption(result.scores, result.about), out/"summary", rules=range(models, len(cells), models))
     if published:
         table = beside(published, result.summary)
         write_table(table, out/"published.csv", index=True)
-        write_cells(table, published_caption(published), out/"published")
+        write_cells(table, published_caption(published, result.convention), out/"published")
     write_figure(plot_boxes(result.scores), out/"boxes")
     write_figure(plot_seeds(result.scores), out/"seeds")
 
@@ -618,9 +653,9 @@ def comparison_tables(
     result:Comparison,
 ) -> list:  # of HTML
     "The sections with the summary, the tests and the costs."
-    cells = summary_cells(result.summary, ("DSC", "HD95", "IoU", "ASSD"))
+    cells = summary_cells(result.summary, dict.fromkeys([*result.metrics, "DSC", "HD95", "IoU", "ASSD"]))
     mean, cells = cells[cells.index == "mean"], cells[cells.index != "mean"].reset_index()
-    tests = result.tests[result.tests["metric"].isin(("DSC", "HD95"))]
+    tests = result.tests[result.tests["metric"].isin(result.metrics)]
     notes = " ".join(f"Note: {note}." for note in dict.fromkeys(tests["note"]) if note)
     tests = tests.drop(columns=["note", "reference"])
     return [section("Results", summary_caption(result.scores, result.about), html_table(mean.to_numpy(), mean.columns),
@@ -658,7 +693,7 @@ def write_comparison_report(
     sections = [comparison_headline(result), *comparison_tables(result), *comparison_pictures(result, collection, pictures)]
     if published:
         cells = beside(published, result.summary).reset_index()
-        sections.append(section("Published figures: other data, other budget", published_caption(published), html_table(cells.to_numpy(), cells.columns)))
+        sections.append(section("Published figures: other data, other budget", published_caption(published, result.convention), html_table(cells.to_numpy(), cells.columns)))
     files = " · ".join(f'<a href="{f.name}">{f.name}</a>' for f in sorted(result.folder.iterdir()) if f.suffix in (".csv", ".md", ".tex", ".pdf", ".json"))
     sections.append(section("How to do it again", "The command, and where it ran.", f"<pre>{escape(facts['command'])}</pre>",
                             definitions(facts["environment"]), f"<p>{files}</p>"))
@@ -687,6 +722,7 @@ def compare(
     command=None,    # the command line this came from
     rounds:int=5,    # of the timing
     cache=None,      # as in train
+    convention="medpy",  # as in `evaluate`; runs that are there are scored again, and not trained
 ) -> Comparison:
     "Train what is missing, score all on the same cases, test, and write tables, figures and report.html; raises `MedsegError`."
     variants, seeds, out = as_variants(models), check_seeds(seeds), Path(out)
@@ -694,13 +730,14 @@ def compare(
     description = describe_comparison(variants, collection, recipe, seeds)
     check_comparison_folder(out, description)
     for v in variants: build_variant(v, collection, replace(recipe, pretrained=False))   # all can be built before any is trained
-    facts = {"comparison": description, "reference": reference, "command": command or "compare(...) from Python", "environment": environment()}
+    facts = {"comparison": description, "reference": reference, "measured": measured_as(convention), "command": command or "compare(...) from Python", "environment": environment()}
     write_text(json.dumps(facts, indent=1), out/"comparison.json")
-    scores = fit_missing(variants, collection, recipe, seeds, out, cache)
+    scores = fit_missing(variants, collection, recipe, seeds, out, cache, convention)
     costs = known_costs(out, variants)
     if costs is None: costs = measure_costs(variants, collection, recipe, rounds, cache)
     result = Comparison(out, scores, summarise_models(scores), paired_tests(scores, reference, collection.group), costs,
-                        run_records(variants, seeds, out), reference, collection.description.rstrip("."))
+                        run_records(variants, seeds, out), reference, collection.description.rstrip("."),
+                        published.metrics if published else ("DSC", "HD95"))
     write_results(result, published)
     pictures = worst_pictures(variants, collection, scores, out)
     write_figure(worst_page(pictures, collection.classes), out/"worst", ["png"])

@@ -25,7 +25,7 @@ import torch
 from ..core import DatasetError, MedsegError, find_collection, write_atomically
 from ..data.slices import PatchDataset, SliceDataset
 from ..data.volumes import load_label, load_volume
-from ..evaluation.cases import METRICS, evaluate, summarise, table_caption, table_cells
+from ..evaluation.cases import METRICS, evaluate, measured_as, summarise, table_caption, table_cells
 from ..evaluation.inference import predict_volume
 from .codes_and_attention import code_map, code_usage, perplexity
 from .gradcam import cam_score, grad_cam
@@ -287,14 +287,16 @@ def reported_part(
 def score_run(
     folder,      # the run's folder, or a Run
     cases=None,  # list of Case; None: the test cases
-    file:str="cases.csv",  # where in the folder the scores are kept
+    file:str="cases.csv",  # where in the folder the scores are kept; under another convention than medpy's its name follows
+    convention:str="medpy",  # as in `evaluate`
 ):               # DataFrame: case, class, DSC, IoU, SE, SP, ACC, HD95, ASSD
     "Scores of a run's unseen cases, measured once and kept in a file. Raises `CheckpointError` for a broken run."
     run = _as_run(folder)
     cases = run.cases(reported_part(run)) if cases is None else list(cases)
-    kept = _kept_scores(run.folder, [c.id for c in cases], file)
+    if convention != "medpy": file = file.replace(".csv", f"-{convention}.csv")
+    kept = _kept_scores(run.folder, [c.id for c in cases], file, convention)
     if kept is not None: return kept
-    frame = evaluate(run.model, run.collection, cases, run.preparation)
+    frame = evaluate(run.model, run.collection, cases, run.preparation, convention=convention)
     with write_atomically(run.folder/file) as half: frame.to_csv(half, index=False)
     return frame
 
@@ -315,14 +317,14 @@ def _as_run(folder):
                            fix="put it back, or point MEDSEG_DATA at the folder that holds it")
     return run
 
-def _kept_scores(folder, ids, file):  # the scores, where they are newer than the weights and of these cases
+def _kept_scores(folder, ids, file, convention):  # the scores, where they are newer than the weights and of these cases
     file, weights = folder/file, folder/"model.safetensors"
     if not file.exists() or not weights.exists() or file.stat().st_mtime_ns <= weights.stat().st_mtime_ns: return None
     try: frame = pd.read_csv(file, dtype={"case": str, "class": str})
     except (ValueError, OSError): return None                           # half a file: measure again
     if list(frame) != ["case", "class", *METRICS] or not set(ids) <= set(frame["case"]): return None
     frame = frame[frame["case"].isin(ids)].reset_index(drop=True)
-    frame.attrs = {"convention": "medpy", "empty": "nan"}               # what evaluate measures unless told otherwise
+    frame.attrs = measured_as(convention)
     return frame
 
 # %% ../../nbs/explain/04_report.ipynb #c020
@@ -714,7 +716,7 @@ def modality_sections(
     "Results, pictures and evidence of one modality."
     view, frame = run.view(modality), scores[scores["modality"] == modality].drop(columns="modality").reset_index(drop=True)
     cases = view.cases(reported_part(view))
-    frame.attrs = {"convention": "medpy", "empty": "nan"}
+    frame.attrs = measured_as()
     predictions = predict_ranked(view, frame)
     parts = [results(view, frame), best_and_worst(view, frame, predictions), in_three_dimensions(view, frame, predictions, f"surfaces_{modality}_"), where_it_looked(view, unseen_slices(view, cases), layer_with_evidence(run.model))]
     return [f'<h2 style="font-size:1.45rem">{escape(modality)}</h2>', *parts]

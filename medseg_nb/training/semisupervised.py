@@ -90,9 +90,7 @@ class SemisupervisedRecipe(Recipe):
     ) -> "SemisupervisedRecipe":
         "The paper's recipe, Sec. IV-A, at its size; raises `MedsegError` for a name without one."
         if name != "cmaformer": raise MedsegError("no paper's recipe has this name", found=repr(name), expected="'cmaformer'")
-        paper = dict(epochs=300, optimiser="sgd", lr=0.001, momentum=0.99, weight_decay=3e-5, batch_size=4, inplane=512,
-                     supervision="mse", size="paper", split="80/15/5")
-        return cls(**{**paper, **changes})
+        return super().paper(name, **{"supervision": "mse", **changes})
 
     def carried_out_by(self) -> tuple:
         "How its data are read and its steps are taken: two classes."
