@@ -581,3 +581,6 @@ def main(
     except KeyboardInterrupt:
         print(f"medseg: stopped; {getattr(args, 'again', 'go on with --resume')}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                              # `medseg ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again on its way out
+        return 0
