@@ -2,7 +2,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from nibabel.affines import apply_affine
 from nibabel.processing import resample_from_to
@@ -186,7 +186,16 @@ def test_agrees_with_simpleitk(affine, shape, seed, ratio):
     np.testing.assert_array_equal(values(nearest)[clear], sitk_resample(label, nearest, linear=False)[clear])
 
 
+def ignored_tilt(img, target, shape):
+    "Voxels by which a target may be off its axes and still count as parallel to the image's: at most a thousandth."
+    steps = np.abs(np.linalg.solve(img.affine, target)[:3, :3])
+    steps[steps.argmax(0), range(3)] = 0
+    tilt = (steps @ np.array(shape)).max()
+    return tilt if tilt < 1e-3 else 0
+
+
 @given(affines(), affines(), seeds)
+@example(np.diag([-1., -1, -1, 1]), np.array([[-1, 1e-5, 0, 0], [-1e-5, -1, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]]), 0)
 def test_agrees_with_simpleitk_and_nibabel_on_rotated_grids(affine, other, seed):
     img = random_image((9, 8, 7), affine, seed)
     target = other.copy()
@@ -195,9 +204,10 @@ def test_agrees_with_simpleitk_and_nibabel_on_rotated_grids(affine, other, seed)
     out = back_to_grid(img, reference, order=1)
     inside, _ = interior(img, target, (5, 5, 5))
     assume(inside.any())
-    np.testing.assert_allclose(values(out)[inside], sitk_resample(img, reference, linear=True)[inside], atol=1e-4)
+    atol = 1e-4 + 3 * ignored_tilt(img, target, (5, 5, 5)) * np.ptp(values(img))
+    np.testing.assert_allclose(values(out)[inside], sitk_resample(img, reference, linear=True)[inside], atol=atol)
     theirs = values(resample_from_to(img, reference, order=1))
-    np.testing.assert_allclose(values(out)[inside], theirs[inside], atol=1e-4)
+    np.testing.assert_allclose(values(out)[inside], theirs[inside], atol=atol)
 
 
 @given(affine=affines(), shape=shapes, seed=seeds)
