@@ -1,10 +1,10 @@
 "Volumes in mm, collections, phantoms, slices and patches, several modalities, public collections."
 from .collections import Case, Collection, check_collection, labelled_cases, load_collection, png_pairs_to_collection, split_cases
 from .heads import HEAD, HEAD_CT, HEAD_MR, draw_head, paint_head
-from .lesion_pictures import TUMOURS, draw_skin, skin_colour
+from .lesion_pictures import draw_skin, skin_colour
 from .liver_tumours import LIVER_TUMOUR, draw_liver_tumours
 from .modalities import MultiModal, PREPARATIONS, few_shot, list_cases, load_modalities, remap_collection, split_modalities
-from .official_layouts import REPLICAS, write_replica
+from .official_layouts import REPLICAS, TUMOURS, write_replica
 from .phantoms import PHANTOM_KINDS, make_phantom
 from .public_collections import COLLECTIONS, check_layout, describe_collection, list_collections, prepare_collection
 from .slices import Augment, PatchDataset, Preparation, SliceDataset, prepare_cases

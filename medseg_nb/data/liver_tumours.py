@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .phantoms import ORGANS, PHANTOM_KINDS, TISSUES, Scene, ct_numbers, draw_abdomen, random_stream, scan_ct, stretch
+from .phantoms import ORGANS, PHANTOM_KINDS, TISSUES, Scene, ct_numbers, draw_abdomen, scan_ct, stretch, take_turns
 
 # %% ../../nbs/data/07_liver_tumours.ipynb #c007
 def blob_distance(
@@ -48,8 +48,7 @@ def lesion_count(
     seed:int,   # of the collection
 ) -> int:       # 0 ... MOST_LESIONS
     "How many lesions a case has: shuffled so that six neighbouring cases (6k to 6k+5) have each number once."
-    block, place = divmod(index, MOST_LESIONS + 1)
-    return int(random_stream("lesion count", seed, block).permutation(MOST_LESIONS + 1)[place])
+    return take_turns("lesion count", MOST_LESIONS + 1, index, seed)
 
 def lesion_shares(
     rng,            # numpy Generator

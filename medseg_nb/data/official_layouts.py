@@ -28,7 +28,7 @@ from ..core import DatasetError, GeometryError, LabelError, MedsegError, write_a
 from . import liver_tumours   # adds the phantom "liver-tumour-ct"
 from .collections import PICTURE_AFFINE, read_picture, write_picture_pair
 from .phantoms import HEART, ORGANS, draw_case, random_stream
-from .volumes import load_label, load_volume, same_grid, save_volume, spacing_of
+from .volumes import load_label, load_volume, normalize, same_grid, save_volume, spacing_of
 
 # %% ../../nbs/data/08_official_layouts.ipynb #c007
 def recode(
@@ -303,7 +303,7 @@ def _replica_transunet(folder, key, index, seed, shape=REPLICA_SHAPE):
     "One CT as slices, or as a volume if it is a test case."
     import h5py
     image, label, _ = _drawn("abdomen-ct", index, seed, shape)
-    image = ((image.clip(-125, 275) + 125)/400).astype(np.float32)
+    image = normalize(image, "ct")
     for part in ("train_npz", "test_vol_h5"): (folder/part).mkdir(parents=True, exist_ok=True)
     if key in _TEST_CASES:
         with h5py.File(folder/f"test_vol_h5/case{key}.npy.h5", "w") as f: f["image"], f["label"] = (np.moveaxis(x, -1, 0) for x in (image, label.astype(np.float32)))

@@ -4,8 +4,8 @@
 __all__ = ['TISSUES', 'ORGANS', 'HEART', 'INNER', 'SOFT', 'PHANTOM_KINDS', 'Region', 'rotation', 'ellipsoid', 'tube', 'Scene',
            'smooth_noise', 'new_scene', 'paint', 'jitter', 'stretch', 'draw_abdomen', 'ct_numbers', 'mr_signals',
            'cine_signals', 'block_mean', 'majority', 'render', 'scan_ct', 'scan_mr', 'scan_cine', 'Heart', 'heart_of',
-           'contract', 'below', 'draw_heart', 'Kind', 'random_stream', 'case_id', 'draw_case', 'nifti_bytes',
-           'describe_phantom', 'case_files', 'folder_atomically', 'make_phantom']
+           'contract', 'below', 'draw_heart', 'Kind', 'random_stream', 'take_turns', 'case_id', 'draw_case',
+           'nifti_bytes', 'describe_phantom', 'case_files', 'folder_atomically', 'make_phantom']
 
 # %% ../../nbs/data/02_phantoms.ipynb #c002
 import gzip
@@ -496,6 +496,16 @@ def random_stream(
 ) -> np.random.Generator:
     "A generator that depends on nothing but its key: not on the process, the order, or how many cases there are."
     return np.random.default_rng([crc32(str(k).encode()) for k in key])
+
+def take_turns(
+    what:str,   # what is dealt out, e.g. "lesion count"
+    n:int,      # how many there are to deal
+    index:int,  # 0, 1, ... of whom it is dealt to
+    seed:int,   # of the collection
+) -> int:       # 0 ... n-1
+    "A shuffled deal in which n neighbours (nk to nk+n-1) have each number once."
+    block, place = divmod(index, n)
+    return int(random_stream(what, seed, block).permutation(n)[place])
 
 def case_id(
     kind:str,   # a name of PHANTOM_KINDS

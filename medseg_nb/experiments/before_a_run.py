@@ -22,7 +22,7 @@ from ..models.zoo import build_model, count_parameters
 from ..core import progress, set_seed
 from ..training.multimodal import MultimodalSession
 from ..training.semisupervised import METHODS, divide
-from ..training.supervised import make_accelerator, read_header
+from ..training.supervised import even_crops, make_accelerator, read_header
 
 # %% ../../nbs/experiments/07_before_a_run.ipynb #c007
 @contextmanager
@@ -76,7 +76,7 @@ class Outline:
         "Samples with labels and without, as `SemisupervisedData` has them."
         parts = divide(collection, cases, self.recipe)
         self.shapes |= {c.id: prepared_shape(c.images[0], self.preparation) for c in parts[1]}
-        crops = [ceil(self.recipe.per_case*max(map(len, parts))/len(part)) for part in parts]
+        crops = even_crops([*map(len, parts)], self.recipe.per_case)
         self.labelled, self.unlabelled = (self.count(part, k) for part, k in zip(parts, crops, strict=True))
         self.known = all(c.label for c in parts[1])
         if not METHODS[self.recipe.method].everything: self.samples = self.labelled
@@ -88,8 +88,8 @@ class MultimodalOutline:
         recipe,  # MultimodalRecipe
     ):
         parts = split_modalities(data, recipe.split, 0, recipe.shots, recipe.seed)
-        most = max(len(p["train"]) for p in parts.values())
-        self.each = {m: Outline(data[m], replace(recipe, per_case=ceil(recipe.per_case*most/len(p["train"]))), p) for m, p in parts.items()}
+        crops = even_crops([len(p["train"]) for p in parts.values()], recipe.per_case)
+        self.each = {m: Outline(data[m], replace(recipe, per_case=k), p) for (m, p), k in zip(parts.items(), crops, strict=True)}
         first = next(iter(self.each.values()))
         self.classes, self.in_channels = first.classes, first.in_channels
         self.samples = max((d.samples for d in self.each.values()), key=len)

@@ -401,8 +401,9 @@ def measure_costs(
 ) -> pd.DataFrame:  # model, M parameters, GMAC, peak MiB, step ms, step ratio (to the first model)
     "What a training step costs: one network in memory at a time, models taking turns, medians (of the ratio, round by round)."
     accelerator, times = make_accelerator(), {v.label: [] for v in variants}
-    data = {v.label: v.recipe(recipe).carried_out_by()[0](collection, v.recipe(recipe), cache) for v in variants}
-    new = lambda v: v.recipe(recipe).carried_out_by()[1](build_variant(v, collection, recipe), data[v.label], v.recipe(recipe), accelerator)
+    own = {v.label: v.recipe(recipe) for v in variants}
+    data = {str(r): r.carried_out_by()[0](collection, r, cache) for r in {str(r): r for r in own.values()}.values()}   # read once for all rows with one recipe
+    new = lambda v: own[v.label].carried_out_by()[1](build_variant(v, collection, recipe), data[str(own[v.label])], own[v.label], accelerator)
     batches = {v.label: next(iter(new(v).batches())) for v in variants}
     for _, v in itertools.product(progress(range(rounds), "costs"), variants): times[v.label].append(timed_step(new(v), batches[v.label]))
     table = pd.DataFrame([_costs_of(v, new(v), batches[v.label]) for v in variants])

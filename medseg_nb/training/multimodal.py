@@ -20,7 +20,7 @@ from ..data.modalities import PREPARATIONS, MultiModal, split_modalities
 from ..losses.semantic_consistency import structured_losses
 from ..models.lssc import LSSC, OneModality
 from ..models.zoo import build_model, load_model, load_weights, read_config, save_model, takes_modalities
-from .supervised import (Recipe, Run, Session, TrainingData, batch_plan, carry_out, check_classes, check_folder, describe_run,
+from .supervised import (Recipe, Run, Session, TrainingData, batch_plan, carry_out, check_classes, check_folder, describe_run, even_crops,
                                            make_accelerator, read_history, readers, stream, suggest_frame)
 
 # %% ../../nbs/training/01_multimodal.ipynb #c009
@@ -86,11 +86,10 @@ class MultimodalData:
         cache=None,             # where prepared volumes are kept; None: MEDSEG_CACHE, or ~/.cache/medseg_nb
     ):
         parts = split_modalities(data, recipe.split, 0, recipe.shots, recipe.seed)
-        most = max(len(p["train"]) for p in parts.values())
+        crops = even_crops([len(p["train"]) for p in parts.values()], recipe.per_case)
         self.each = {}          # modality -> TrainingData
-        for m, part in parts.items():
-            crops = -(-recipe.per_case*most // len(part["train"]))                # rounded up
-            self.each[m] = TrainingData(data[m], replace(recipe, per_case=crops), cache, part)
+        for (m, part), per_case in zip(parts.items(), crops, strict=True):
+            self.each[m] = TrainingData(data[m], replace(recipe, per_case=per_case), cache, part)
         first, self.split = next(iter(self.each.values())), {m: d.split for m, d in self.each.items()}
         self.names, self.classes, self.preparation, self.in_channels = first.names, first.classes, first.preparation, first.in_channels
         self.samples = max((d.samples for d in self.each.values()), key=len)      # the largest modality: an epoch

@@ -24,7 +24,7 @@ from ..losses.lagrangian import ConsistencyLoss, LDCLoss
 from ..losses.segmentation import check_label_range
 from ..models.encoder_decoder import SegOutput, cut_to, interpolate
 from .multimodal import side_by_side
-from .supervised import Recipe, Run, Session, TrainingData, batch_plan, check_classes, count_overlap, make_samples, train
+from .supervised import Recipe, Run, Session, TrainingData, batch_plan, check_classes, count_overlap, even_crops, make_samples, train
 
 # %% ../../nbs/training/02_semisupervised.ipynb #c012
 class Method(NamedTuple):
@@ -108,7 +108,7 @@ class SemisupervisedData(TrainingData):
         with_labels, without = divide(collection, parts["train"], recipe)
         everything = METHODS[recipe.method].everything
         self.known = all(case.label for case in without)                               # then the log can judge the teacher
-        crops = [ceil(recipe.per_case*max(len(with_labels), len(without))/len(part)) for part in (with_labels, without)]
+        crops = even_crops([len(with_labels), len(without)], recipe.per_case)
         few = replace(recipe, per_case=crops[0])
         self.unlabelled = make_samples(collection, without, replace(recipe, per_case=crops[1], foreground=0.0), cache, self.known)
         super().__init__(collection, recipe if everything else few, cache, parts | {"train": with_labels + without if everything and self.known else with_labels})

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['suggest_frame', 'read_header', 'Recipe', 'stream', 'batch_plan', 'poly_rate', 'make_loss', 'make_optimiser',
            'RunningAverage', 'write_tensors', 'read_tensors', 'optimiser_tensors', 'fill_optimiser', 'Run',
-           'make_samples', 'TrainingData', 'count_overlap', 'dice_of_case', 'deepest_side', 'autocast_type',
-           'check_classes', 'Session', 'Meter', 'make_augment', 'describe_run', 'check_same_run', 'check_folder',
-           'epochs_within', 'start_run', 'write_records', 'fit_to_end', 'carry_out', 'make_accelerator', 'new_session',
-           'readers', 'train', 'read_history', 'load_run']
+           'even_crops', 'make_samples', 'TrainingData', 'count_overlap', 'dice_of_case', 'deepest_side',
+           'autocast_type', 'check_classes', 'Session', 'Meter', 'make_augment', 'describe_run', 'check_same_run',
+           'check_folder', 'epochs_within', 'start_run', 'write_records', 'fit_to_end', 'carry_out', 'make_accelerator',
+           'new_session', 'readers', 'train', 'read_history', 'load_run']
 
 # %% ../../nbs/training/00_supervised.ipynb #c002
 import copy
@@ -312,6 +312,13 @@ class Run:
     ) -> list:            # of Case
         "The cases of one part of the split."
         return [self.collection.case(id) for id in self.split[part]]
+
+def even_crops(
+    cases:list,    # of ints, >= 1: how many cases each part has
+    per_case:int,  # windows per case of the largest part
+) -> list:         # of ints, one a part
+    "Windows per case such that no part has fewer windows an epoch than the largest: rounded up."
+    return [-(-per_case*max(cases)//n) for n in cases]
 
 def make_samples(
     collection:Collection,
