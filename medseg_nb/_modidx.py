@@ -1352,6 +1352,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medseg_nb/experiments/tables.py'),
                                               'medseg_nb.experiments.tables._trained_on_labels': ( 'experiments/tables.html#_trained_on_labels',
                                                                                                    'medseg_nb/experiments/tables.py'),
+                                              'medseg_nb.experiments.tables.choose_rows': ( 'experiments/tables.html#choose_rows',
+                                                                                            'medseg_nb/experiments/tables.py'),
                                               'medseg_nb.experiments.tables.compare_table': ( 'experiments/tables.html#compare_table',
                                                                                               'medseg_nb/experiments/tables.py'),
                                               'medseg_nb.experiments.tables.find_table': ( 'experiments/tables.html#find_table',

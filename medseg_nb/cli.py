@@ -280,11 +280,13 @@ def read_seeds(
 def plan_comparison(args, size:str):
     "The models, the reference and the published table that `--models` or `--table` ask for; raises `MedsegError`."
     from medseg_nb.experiments.comparison import as_variants, check_reference
-    from medseg_nb.experiments.tables import table_plan
-    if bool(args.models) == bool(args.table):
-        raise MedsegError("compare needs either --models or --table", expected="e.g. --models unet-r50,synergynet-8s2h, or --table synergynet-5")
-    if args.table and args.methods: raise MedsegError("a table has its methods", found=f"--table {args.table} --methods {args.methods}", fix="give --models with --methods")
-    plan = table_plan(args.table, size, args.dims) if args.table else (as_methods(args.models.split(","), args.methods), None, None)
+    from medseg_nb.experiments.tables import choose_rows, table_plan
+    if not (args.models or args.table):
+        raise MedsegError("compare needs --models or --table", expected="e.g. --models unet-r50,synergynet-8s2h, or --table synergynet-5")
+    if args.table and args.methods: raise MedsegError("a table has its methods", found=f"--table {args.table} --methods {args.methods}", fix="give --models with --methods, and no table")
+    names = args.models.split(",") if args.models else None
+    plan = table_plan(args.table, size, args.dims) if args.table else (as_methods(names, args.methods), None, None)
+    if args.table and names: plan = choose_rows(plan, names)
     models, reference, published = as_variants(plan[0]), plan[1], plan[2]
     return models, check_reference(args.reference or reference, models), published
 
@@ -470,8 +472,8 @@ def _add_compare(commands):
     "Models or a table, data, budget, folder."
     p = _add(commands, "compare", run_compare, "train several models, score them on the same cases, test the differences",
              "medseg compare --models unet-r50,synergynet-8s2h --data cardiac-mr --seeds 0,1,2 --epochs 4 --out runs/comparison")
-    p.add_argument("--models", default=None, help="names from `medseg models`, with commas between")
-    p.add_argument("--table", default=None, help="a table of a paper instead, with its recipe, split, metrics and layout: synergynet-1 to -9, l2gnet-1 to -5, cmaformer-1 to -3, or peers; "
+    p.add_argument("--models", default=None, help="names from `medseg models`, with commas between; beside --table the rows to run, and models to stand below them")
+    p.add_argument("--table", default=None, help="a table of a paper, with its recipe, split, metrics and layout: synergynet-1 to -9, l2gnet-1 to -5, cmaformer-1 to -3, or peers; "
                    "lssc-2 to -5, lssc-fig6, lssc-settings, -main, -shots or -tau with --data ct=DATA,mr=DATA")
     p.add_argument("--data", default=None, help="a folder with dataset.json, a collection below MEDSEG_DATA, or a phantom kind; by default the phantom that stands in for the table's data, or cardiac-mr")
     p.add_argument("--dry-run", action="store_true", help="say what would run, for how long and in how much memory, from one step of each model; write nothing")

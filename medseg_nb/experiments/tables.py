@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['ORGANS', 'PRINTED', 'MODEL_OF', 'CITED', 'SCALE', 'WIDTHS', 'TIMM', 'STAND_IN', 'SCALED', 'TABLES', 'SOURCES',
            'PEERS', 'paper_table', 'printed_means', 'Table', 'list_tables', 'peers_printed', 'table_recipe',
-           'find_table', 'table_plan', 'compare_table']
+           'find_table', 'table_plan', 'choose_rows', 'compare_table']
 
 # %% ../../nbs/experiments/01_tables.ipynb #c002
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -360,6 +360,19 @@ def _sees(variant, size, dims):
     "Whether a network takes images of `dims` dimensions, or of any where that is None: timm's encoders take slices."
     encoder = {**list_settings(variant.name, size), **variant.overrides}.get("encoder", "residual")
     return dims is None or (dims in model_dims(variant.name) and (dims == 2 or encoder == "residual"))
+
+def choose_rows(
+    plan:tuple,    # from table_plan
+    models:list,   # labels of the rows to run; other names of list_models() come below the table, without published figures
+) -> tuple:        # as table_plan; the first of `models` is the reference where the table's own is not among them
+    "Some rows of a paper's table, and models beside it; raises `ShapeError` for a model that does not exist."
+    rows, reference, published = {v.label: v for v in plan[0]}, *plan[1:]
+    others = [m for m in models if m not in rows]
+    for m in others: check_name(m)
+    below = pd.DataFrame({published.keys[0]: others}).reindex(columns=list(published.keys)).fillna("")
+    ours = {method: [label if label in models else None for label in labels] + (others if i == 0 else [None]*len(others)) for i, (method, labels) in enumerate(published.ours.items())}
+    layout = replace(published, printed=pd.concat([published.printed, below], ignore_index=True), ours=ours)
+    return [rows.get(m) or Variant(m, m) for m in models], reference if reference in models else models[0], layout
 
 PEERS = Table("All methods of SynergyNet (Tables 1 to 4) and L2GNet (Tables 1 and 2)",
               lambda row, size: {"": None if "cited" in row["Method"] else Variant(row["Method"], row["Method"])},
