@@ -32,7 +32,7 @@ readme: $(READY)
 	$(BIN)/python tests/check_drift.py --write
 
 bench: $(READY)
-	@for file in $(filter-out $(addprefix benchmarks/,measure.py real_pairs.py half_labels.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out $(addprefix benchmarks/,measure.py real_pairs.py half_labels.py real_tumours.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
