@@ -31,7 +31,7 @@ from medseg_nb.experiments.modalities import (
     trial_model,
     write_beside,
 )
-from medseg_nb.experiments.tables import STAND_IN, TABLES, compare_table, table_plan, table_recipe
+from medseg_nb.experiments.tables import STAND_IN, TABLES, choose_rows, compare_table, table_plan, table_recipe
 from medseg_nb.training import semisupervised, supervised
 from medseg_nb.training.multimodal import MultimodalData, MultimodalRecipe
 from medseg_nb.training.semisupervised import SemisupervisedData, SemisupervisedRecipe
@@ -110,6 +110,18 @@ def test_every_table_of_two_modalities_runs(name, pair, tmp_path, one_step):
     assert list(table.index) == list(lssc_printed(name).index) and (table["our trial"] == chosen[0].label).sum() == 1
     assert table.loc[table["our trial"] == chosen[0].label, "ours: ct liver"].iloc[0] != "–"
     assert [c for c in table if c.startswith("published: ")] == [f"published: {c}" for c in lssc_printed(name)]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_some_rows_and_a_model_below_them(name):
+    models, reference, published = plan = table_plan(name)
+    others = [m for m in ("swin-unet", "resunet++") if m not in [v.label for v in models]]
+    chosen, first, layout = choose_rows(plan, [models[-1].label, *others])
+    assert [v.label for v in chosen] == [models[-1].label, *others] and first == (reference if reference == models[-1].label else models[-1].label)
+    whole = {m: [label if label == models[-1].label else None for label in labels] for m, labels in published.ours.items()}
+    for i, (method, labels) in enumerate(layout.ours.items()): assert labels == whole[method] + (others if i == 0 else [None]*len(others))
+    pd.testing.assert_frame_equal(layout.printed.head(len(published.printed)), published.printed, check_dtype=False)
+    assert layout.printed.tail(len(others)).drop(columns=list(published.keys)).isna().all(axis=None)
 
 
 def test_lssc_tables_hold_what_the_paper_prints():
@@ -224,6 +236,7 @@ def test_a_plan_adds_up(replicas):
 
 
 @pytest.mark.parametrize("words", [["--table", "synergynet-8"], ["--models", "unet-r50,vqunet", "--data", "cardiac-mr"],
+                                   ["--table", "synergynet-2", "--models", "unet-r50,l2gnet-4ref", "--data", "cardiac-mr"],
                                    ["--table", "cmaformer-3", "--data", "liver-tumour-ct"], ["--table", "lssc-2", "--data", "ct=abdomen-ct,mr=abdomen-mr"]])
 def test_a_dry_run_writes_nothing(words, place, tmp_path, monkeypatch, capsys):
     (tmp_path/"here").mkdir(); monkeypatch.chdir(tmp_path/"here")
@@ -244,6 +257,7 @@ def test_a_dry_run_refuses_what_the_run_would(place, tmp_path, monkeypatch, caps
     hearts = ["--data", str(place/"cardiac-mr"), "--dry-run"]
     for words, said in ((["--table", "synergynet-8", *hearts, "--out", "taken"], "holds something else"),
                         (["--table", "synergynet-17", *hearts], "no table has this name"),
+                        (["--table", "synergynet-2", "--models", "unet-r50,unet-r51", *hearts], "unet-r51"), (hearts, "--models or --table"),
                         (["--table", "cmaformer-3", *hearts, "--dims", "3"], "sees such images")):
         assert main(["compare", *words]) == 2 and said in capsys.readouterr().err
 

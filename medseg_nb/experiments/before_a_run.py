@@ -202,7 +202,7 @@ def recipe_line(
     image = f"slices of {recipe.inplane} x {recipe.inplane}" if recipe.dims == 2 and recipe.inplane else "slices" if recipe.dims == 2 else "windows of " + " x ".join(map(str, recipe.preparation().patch))
     budget, size = f"{recipe.minutes:g} minutes" if recipe.minutes else f"{recipe.epochs} epochs", "the paper's" if recipe.size == "paper" else "teaching"
     return (f"{recipe.optimiser}, rate {recipe.lr:g}{momentum}, weight decay {recipe.weight_decay:g}, polynomial decay {recipe.power:g}, batch {recipe.batch_size}, {budget}; "
-            f"{image}; flips {list(recipe.flips)}, rotation {recipe.rotate:g} degrees; networks at {size} size")
+            f"{image}, intensities {recipe.intensity}; flips {list(recipe.flips)}, rotation {recipe.rotate:g} degrees; networks at {size} size")
 
 def memory_line(
     recipe,  # Recipe
