@@ -1,4 +1,7 @@
 """The `medseg` command: what it prints, its exit status, and that bad input leaves nothing half-written."""
+import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg_nb.cli import find_images, main
+from medseg_nb.cli import find_images, main, make_parser
 
 BIN = Path(sys.executable).parent/"medseg"
 
@@ -74,3 +77,28 @@ def test_installed_command_and_help():
     for word in ("models", "phantom", "data", "train", "compare", "evaluate", "predict", "surfaces"):
         assert f"example: medseg {word}" in " ".join(subprocess.run([BIN, word, "--help"], capture_output=True, text=True, check=True).stdout.split())
     assert subprocess.run([BIN, "evaluate", "no/such/run"], capture_output=True).returncode == 2
+
+
+def commands_said():
+    "(where, command, whether it stands on a line of its own) of every `medseg ...` in the README and in the notebooks' text, exercises left out."
+    root = Path(__file__).parents[1]
+    pages = {root/"README.md": [(root/"README.md").read_text()]}
+    for file in sorted((root/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in file.parts:
+            pages[file] = ["".join(c["source"]).split("## Exercises")[0] for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "markdown"]
+    for file, texts in pages.items():
+        for line in "\n".join(texts).splitlines():
+            if own := re.match(r"(?:    )?(?:\.venv/bin/)?(medseg [a-z][^#`]*)", line): yield file.name, own[1], True
+            else: yield from ((file.name, said, False) for said in re.findall(r"`(medseg [a-z][^`]*)`", line))
+
+
+def test_every_command_in_the_text_exists():
+    said, parser = list(commands_said()), make_parser()
+    names = next(a.choices for a in parser._actions if a.choices)
+    assert len(said) > 50 and {"train", "compare", "data", "predict", "surfaces"} <= {s.split()[1] for _, s, _ in said}
+    for file, command, whole in said:
+        words = shlex.split(command)[1:]
+        assert words[0] in names, (file, command)
+        if not whole: continue
+        try: parser.parse_args(words)
+        except SystemExit: pytest.fail(f"{file}: {command}")

@@ -540,7 +540,7 @@ def write_surfaces(
     "Write the interactive page and the still picture, both or neither. Raises `MedsegError` or `DatasetError`."
     out = check_page(out)
     figure, stream = surfaces_figure(scene), io.BytesIO()
-    draw_surfaces(scene).savefig(stream, format="png", dpi=160)
+    draw_surfaces(scene).savefig(stream, format="png", dpi=160, bbox_inches="tight", pad_inches=0.05)
     still = stream.getvalue()
     page = PAGE.format(title=escape(title), still=base64.b64encode(still).decode(), library=_packed_library(), figure=_packed(figure.to_json()))
     with write_atomically(out.with_suffix(".png")) as picture, write_atomically(out) as half:
