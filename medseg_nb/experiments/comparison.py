@@ -473,8 +473,8 @@ def worst_pictures(
         for row in worst_cases(frame, "DSC", n).itertuples():
             case = collection.case(row.case)
             found = predict_volume(run.model, list(case.images), run.preparation, collection.classes)
-            figure, plane, index = draw_case(shown_image(case, collection), load_volume(case.label), found, collection.classes, "disagreement")
-            pictures.append((figure, v.label, f"{row.case}: Dice {row.DSC:.2f}, {plane} slice {index}"))
+            figure, seen = draw_case(shown_image(case, collection), load_volume(case.label), found, collection.classes, "disagreement")
+            pictures.append((figure, v.label, f"{row.case}: Dice {row.DSC:.2f}" + (seen and f", {seen}")))
     return pictures
 
 def worst_page(

@@ -30,7 +30,7 @@ from ..evaluation.inference import predict_volume
 from .codes_and_attention import code_map, code_usage, perplexity
 from .gradcam import cam_score, grad_cam
 from .surfaces import render_surfaces
-from .viewer import (as_volume, best_plane, best_slice, class_colour, cut, draw_labels, grey_limits,
+from .viewer import (PLANES, as_volume, best_plane, best_slice, class_colour, cut, draw_labels, grey_limits,
                                       make_scene)
 from ..models.lssc import LSSC2D
 from ..training.multimodal import MultimodalRun, load_multimodal
@@ -252,7 +252,7 @@ def draw_case(
     prediction,  # labels of the model
     classes,     # {id: name}
     by:str="truth",  # slice: "truth" (most of it) or "disagreement"
-):               # figure, plane, slice
+):               # figure, which slice it is in words; "" where there is one slice
     "One slice of a case as a square picture with both contours."
     from matplotlib.figure import Figure
     scene = make_scene(image, truth, prediction, classes)
@@ -264,7 +264,7 @@ def draw_case(
     seen = (cut(scene.truth, plane, index) > 0) | (cut(scene.prediction, plane, index) > 0)
     left, right, bottom, top = square_window(seen, ax.images[0].get_extent())
     ax.set(xlim=(right,left) if scene.oriented else (left,right), ylim=(bottom,top))
-    return figure, plane, index
+    return figure, f"{plane} slice {index}" if scene.volume.shape[PLANES[plane]] > 1 else ""
 
 def class_keys(
     classes,      # {id: name}
@@ -486,12 +486,12 @@ def predict_ranked(
 def _case_figure(run, case, kind, frame, prediction):  # -> HTML
     classes, by = run.collection.classes, "disagreement" if kind == "worst" else "truth"
     image = shown_image(case, run.collection)
-    figure, plane, index = draw_case(image, load_volume(case.label), prediction, classes, by)
+    figure, seen = draw_case(image, load_volume(case.label), prediction, classes, by)
     own = frame[frame["case"] == case.id]
     dice = ", ".join(f"{n} {d:.2f}" if np.isfinite(d) else f"{n} absent" for n, d in zip(own["class"], own["DSC"]))
-    where = f"{plane} slice {index}, " + ("where the two differ most" if kind == "worst" else "with the most truth")
-    tag = png_tag(figure, f"{case.id}: truth and prediction, {where}")
-    return picture(tag, f"{kind.capitalize()}: {case.id}.", f"Dice {dice} · {where}")
+    where = seen and f"{seen}, " + ("where the two differ most" if kind == "worst" else "with the most truth")
+    tag = png_tag(figure, f"{case.id}: truth and prediction" + (where and f", {where}"))
+    return picture(tag, f"{kind.capitalize()}: {case.id}.", f"Dice {dice}" + (where and f" · {where}"))
 
 def best_and_worst(
     run,          # a training Run
