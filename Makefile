@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/python tests/check_drift.py
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing --cell-timeout 300
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=nbs index.ipynb
