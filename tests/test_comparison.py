@@ -174,7 +174,7 @@ def test_bad_requests_write_nothing(hearts, tmp_path, models, seeds, reference, 
     [], ["--models", "unet-r50"], ["--models", "unet-r50,no-such-model"], ["--models", "unet-r50,synergynet-8s2h", "--seeds", ""],
     ["--models", "unet-r50,synergynet-8s2h", "--seeds", "0,0"], ["--models", "unet-r50,synergynet-8s2h", "--seeds", "0,-1"],
     ["--models", "unet-r50,synergynet-8s2h", "--reference", "vqunet"], ["--table", "synergynet-17"],
-    ["--table", "synergynet-5", "--models", "unet-r50,synergynet-8s2h"], ["--models", "unet-r50,synergynet-8s2h", "--data", "no/such/folder"]])
+    ["--table", "synergynet-5", "--models", "unet-r50,no-such-model"], ["--models", "unet-r50,synergynet-8s2h", "--data", "no/such/folder"]])
 def test_command_line_refuses_in_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *words]) == 2
