@@ -9,7 +9,6 @@ Beside them SynergyNet's Table 4: other people, other images, another budget.
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ def main():
     for k, measured in enumerate(people):
         others = [*people[k+1:], *people[:k]]
         data = load_collection(with_split(runs/"data", others[1:], others[:1], [measured]))
-        recipe = replace(table_recipe("synergynet-4", data, dims=2, epochs=args.epochs, validate_every=args.epochs), spacing=(2., 2., 2.))
+        recipe = table_recipe("synergynet-4", data, dims=2, epochs=args.epochs, validate_every=args.epochs, spacing=(2., 2., 2.))
         result = compare(models, data, recipe, seeds, runs/measured, reference, published)
         rounds.append(result.scores.assign(seed=[10*k + s for s in result.scores["seed"]]))
     scores = pd.concat(rounds, ignore_index=True)
